@@ -1,0 +1,1 @@
+"""mell-ray: serve large language models on as few GPUs as possible."""

@@ -1,0 +1,208 @@
+"""Every setting of mell-ray, one pydantic tree.
+
+The upper part has the shape of ``ray.serve.llm`` (``llm_configs[].model_loading_config``,
+``deployment_config.autoscaling_config``, ``engine_kwargs`` with vLLM's names), so that a user of
+Ray Serve LLM changes one line. What is ours alone lies under ``mell``. Unknown keys are errors
+that name the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mell_ray.errors import ConfigError
+
+BUILTIN_SOURCE = "builtin"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelLoadingConfig(_Strict):
+    model_id: str = Field(min_length=1, description="Name that clients use.")
+    model_source: str | None = Field(
+        default=None,
+        description="Hugging Face id, a local directory, or 'builtin' for the model in the box. "
+        "Defaults to model_id.",
+    )
+
+    @property
+    def source(self) -> str:
+        return self.model_source or self.model_id
+
+
+class EngineConfig(_Strict):
+    """One replica's engine. Names and meanings are vLLM's."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="'auto': the checkpoint's on a GPU, float32 on a CPU."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Prompt + output limit in tokens; default: the model's."
+    )
+    max_num_seqs: int = Field(default=64, ge=1, description="Running sequences per replica.")
+    max_num_batched_tokens: int = Field(
+        default=512, ge=1, description="Token budget of one step: decodes first, then prefill."
+    )
+    block_size: int = Field(default=16, ge=1, description="Tokens per KV block.")
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="Share of the GPU's memory for weights and KV pool."
+    )
+    kv_cache_memory_bytes: int = Field(
+        default=64 << 20, ge=1, description="Size of the KV pool on a CPU replica."
+    )
+    num_gpu_blocks_override: int | None = Field(
+        default=None, ge=1, description="Exact number of KV blocks, whatever the memory."
+    )
+    num_threads: int = Field(default=1, ge=1, description="Compute threads of a CPU replica.")
+    revision: str | None = Field(default=None, description="Hub revision of the model.")
+
+    @model_validator(mode="after")
+    def _budget_fits_decodes(self) -> EngineConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), or a full batch cannot decode"
+            )
+        return self
+
+
+class AutoscalingConfig(_Strict):
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) exceeds max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
+class DeploymentConfig(_Strict):
+    autoscaling_config: AutoscalingConfig = AutoscalingConfig()
+    max_ongoing_requests: int | None = Field(
+        default=None, ge=1, description="Requests placed on one replica; default: no limit but KV."
+    )
+
+
+class LLMConfig(_Strict):
+    model_loading_config: ModelLoadingConfig
+    accelerator_type: str | None = Field(
+        default=None,
+        description="Ray accelerator type (e.g. 'H100'). Unset: any GPU where the cluster has "
+        "one, else CPU. 'CPU': never a GPU.",
+    )
+    deployment_config: DeploymentConfig = DeploymentConfig()
+    engine_kwargs: EngineConfig = EngineConfig()
+
+    @property
+    def model_id(self) -> str:
+        return self.model_loading_config.model_id
+
+
+class PolicyConfig(_Strict):
+    name: str = Field(default="best-fit", description="Scheduling policy.")
+    params: dict[str, Any] = Field(default_factory=dict, description="The policy's own settings.")
+
+
+class MigrationConfig(_Strict):
+    enabled: bool = Field(default=True, description="Let the policy move running requests.")
+    mode: Literal["auto", "kv", "token"] = Field(
+        default="auto", description="How KV gets to the target; 'auto' takes the cheaper one."
+    )
+    max_concurrent: int = Field(default=4, ge=1, description="Migrations in flight at once.")
+    max_stages: int = Field(default=8, ge=1, description="Live copy rounds before the freeze.")
+    timeout_s: float = Field(
+        default=30.0, gt=0, description="A migration not committed by then is aborted."
+    )
+
+
+class FleetConfig(_Strict):
+    idle_grace_s: float = Field(
+        default=10.0, ge=0, description="An empty replica above the minimum is released after it."
+    )
+    spare_gpus: int = Field(default=0, ge=0, description="Empty replicas kept ready.")
+    startup_timeout_s: float = Field(default=600.0, gt=0)
+    replica_lease_s: float = Field(
+        default=30.0,
+        gt=1,
+        description="A replica that no Router has asked for that long ends itself.",
+    )
+    cpu_resource: str = Field(
+        default="mell_cpu",
+        description="Custom resource that a CPU replica takes one of. Where no node of the "
+        "cluster offers it, CPU replicas take none.",
+    )
+
+
+class IngressConfig(_Strict):
+    num_replicas: int = Field(default=1, ge=1)
+    max_ongoing_requests: int = Field(default=1024, ge=1, description="Per ingress replica.")
+    default_max_tokens: int = Field(
+        default=256, ge=1, description="Output limit of a request that names none."
+    )
+
+
+class MellSettings(_Strict):
+    """What Ray Serve LLM does not have."""
+
+    policy: PolicyConfig = PolicyConfig()
+    migration: MigrationConfig = MigrationConfig()
+    fleet: FleetConfig = FleetConfig()
+    ingress: IngressConfig = IngressConfig()
+    epoch_s: float = Field(default=0.25, gt=0, description="Planning tick of the Router.")
+    max_queued_requests: int = Field(
+        default=256, ge=0, description="Requests waiting for room; more are answered 503."
+    )
+    namespace: str = Field(default="mell", min_length=1, description="Ray namespace of replicas.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    seed: int = 0
+
+
+class MellConfig(_Strict):
+    """The ``args`` of ``mell_ray.serving:build_openai_app``."""
+
+    llm_configs: list[LLMConfig] = Field(min_length=1)
+    mell: MellSettings = MellSettings()
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> MellConfig:
+        ids = [c.model_id for c in self.llm_configs]
+        for model_id in ids:
+            if ids.count(model_id) > 1:
+                raise ValueError(f"model_id {model_id!r} stands in llm_configs twice")
+        return self
+
+    @classmethod
+    def parse(cls, args: Any) -> MellConfig:
+        """Validate ``args`` (dict or MellConfig).
+
+        Raises:
+            ConfigError: with one line per wrong setting, each naming its path.
+        """
+        return parse_config(cls, args)
+
+
+def parse_config(model: type[Model], args: Any) -> Model:
+    """Validate ``args`` into ``model``; pydantic's error becomes one readable ``ConfigError``."""
+    if isinstance(args, model):
+        return args
+    try:
+        return model.model_validate(args)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"]) or "(top level)"
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = "unknown setting"
+            lines.append(f"{path}: {message}")
+        raise ConfigError("; ".join(lines)) from None
