@@ -146,6 +146,9 @@ class FleetConfig(_Strict):
 class IngressConfig(_Strict):
     num_replicas: int = Field(default=1, ge=1)
     max_ongoing_requests: int = Field(default=1024, ge=1, description="Per ingress replica.")
+    drain_s: float = Field(
+        default=20.0, ge=0, description="How long a stopping ingress lets its streams go on."
+    )
     default_max_tokens: int = Field(
         default=256, ge=1, description="Output limit of a request that names none."
     )

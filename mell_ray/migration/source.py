@@ -1,0 +1,154 @@
+"""The source's half of a migration: what a replica does for a request that is leaving.
+
+Every method runs in the engine thread, between two steps, so it sees the engine at rest and is
+atomic towards decoding. Until ``freeze`` nothing here changes what the request does.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mell_ray.engine.types import RequestState
+from mell_ray.errors import ConflictError, MigrationError
+from mell_ray.migration.types import ChunkMeta, Frozen, MigrationOrder, TokenTail
+
+if TYPE_CHECKING:
+    from mell_ray.engine import Engine
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A migration this replica is the source of."""
+
+    order: MigrationOrder
+    deadline: float  # monotonic; an unfrozen entry older than this is forgotten
+    frozen_at: float | None = None  # monotonic
+
+
+class MigrationSource:
+    """All outgoing migrations of one replica. At most one per request."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._by_id: dict[str, Outgoing] = {}
+        self._by_request: dict[str, str] = {}
+
+    def begin(self, engine: Engine, order: MigrationOrder) -> RequestState:
+        """Register the migration and return the request as it is now.
+
+        Raises:
+            ConflictError: the request is already being migrated.
+            MigrationError: the request is not here (any more).
+        """
+        self.expire()
+        if order.request_id in self._by_request:
+            raise ConflictError(f"request {order.request_id} is already being migrated")
+        try:
+            state = engine.peek_state(order.request_id)
+        except KeyError:
+            raise MigrationError(f"request {order.request_id} is not on {order.src}") from None
+        self._by_id[order.migration_id] = Outgoing(order, time.monotonic() + self._timeout_s)
+        self._by_request[order.request_id] = order.migration_id
+        return state
+
+    def stage(
+        self, engine: Engine, migration_id: str, first_block: int, max_blocks: int
+    ) -> tuple[ChunkMeta, np.ndarray]:
+        """Copy complete blocks from ``first_block`` on, at most ``max_blocks``, while decoding
+        goes on. Payload: 1-D uint8, blocks in order."""
+        outgoing = self._get(migration_id)
+        _, computed = self._progress(engine, outgoing)
+        ready = computed // engine.block_size
+        count = max(0, min(ready - first_block, max_blocks))
+        payload = self._export(engine, outgoing, first_block, count)
+        return ChunkMeta(first_block, count, ready, payload.nbytes), payload
+
+    def tokens(self, engine: Engine, migration_id: str, start: int) -> TokenTail:
+        outgoing = self._get(migration_id)
+        self._progress(engine, outgoing)
+        return TokenTail(start, engine.tokens_of(outgoing.order.request_id, start))
+
+    def freeze(
+        self, engine: Engine, migration_id: str, first_block: int
+    ) -> tuple[Frozen, np.ndarray]:
+        """Stop decoding the request and export what is left. From here on the request is the
+        target's if and only if the target commits."""
+        outgoing = self._get(migration_id)
+        self._progress(engine, outgoing)
+        state = engine.freeze(outgoing.order.request_id)
+        outgoing.frozen_at = time.monotonic()
+        count = 0
+        if outgoing.order.mode == "kv":
+            count = max(0, -(-state.num_computed // engine.block_size) - first_block)
+        payload = self._export(engine, outgoing, first_block, count)
+        return Frozen(state, first_block, count, payload.nbytes), payload
+
+    def thaw(self, engine: Engine, migration_id: str) -> bool:
+        """The target did not take it: decode on. False if the entry is not known."""
+        outgoing = self._drop(migration_id)
+        if outgoing is None:
+            return False
+        if outgoing.frozen_at is not None:
+            try:
+                engine.thaw(outgoing.order.request_id)
+            except KeyError:
+                return False  # aborted by its client meanwhile
+        return True
+
+    def release(self, engine: Engine, migration_id: str) -> MigrationOrder | None:
+        """The target owns it: forget the request and free its blocks."""
+        outgoing = self._drop(migration_id)
+        if outgoing is None:
+            return None
+        engine.release(outgoing.order.request_id)
+        return outgoing.order
+
+    def expire(self) -> None:
+        """Forget unfrozen migrations whose driver has gone silent; nothing else hangs on them."""
+        now = time.monotonic()
+        for outgoing in list(self._by_id.values()):
+            if outgoing.frozen_at is None and outgoing.deadline < now:
+                self._drop(outgoing.order.migration_id)
+
+    def overdue(self, freeze_s: float) -> list[MigrationOrder]:
+        """Frozen migrations that nobody has ended for ``freeze_s``: the replica settles them with
+        the target by itself."""
+        now = time.monotonic()
+        return [
+            outgoing.order
+            for outgoing in self._by_id.values()
+            if outgoing.frozen_at is not None and now - outgoing.frozen_at > freeze_s
+        ]
+
+    def is_leaving(self, request_id: str) -> bool:
+        return request_id in self._by_request
+
+    def _get(self, migration_id: str) -> Outgoing:
+        try:
+            return self._by_id[migration_id]
+        except KeyError:
+            raise MigrationError(f"migration {migration_id} is not known here") from None
+
+    def _drop(self, migration_id: str) -> Outgoing | None:
+        outgoing = self._by_id.pop(migration_id, None)
+        if outgoing is not None:
+            self._by_request.pop(outgoing.order.request_id, None)
+        return outgoing
+
+    def _progress(self, engine: Engine, outgoing: Outgoing) -> tuple[int, int]:
+        try:
+            return engine.progress(outgoing.order.request_id)
+        except KeyError:
+            self._drop(outgoing.order.migration_id)
+            raise MigrationError(f"request {outgoing.order.request_id} has ended") from None
+
+    def _export(
+        self, engine: Engine, outgoing: Outgoing, first_block: int, count: int
+    ) -> np.ndarray:
+        if not count:
+            return np.empty(0, dtype=np.uint8)
+        return engine.export_blocks(outgoing.order.request_id, first_block, count)

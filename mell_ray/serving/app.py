@@ -1,0 +1,60 @@
+"""Builds the Serve application from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import DeploymentActorConfig
+
+from mell_ray.config import MellConfig
+from mell_ray.serving.checks import check_config
+from mell_ray.serving.ingress import Ingress
+from mell_ray.serving.migrator import Migrator
+from mell_ray.serving.router import MIGRATOR, Router
+
+# A streaming or queued request holds a slot of its deployment for its whole life.
+ROUTER_ONGOING_REQUESTS = 100_000
+
+
+def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
+    """An OpenAI-compatible application that packs and migrates requests.
+
+    ``args`` has the shape of ``ray.serve.llm.build_openai_app``'s (``llm_configs``) plus a
+    ``mell`` section; see ``mell_ray.config.MellConfig``.
+
+    Raises:
+        ConfigError: a setting is wrong; names it. Nothing has been started.
+    """
+    config = MellConfig.parse(args)
+    check_config(config)
+    router = serve.deployment(
+        Router,
+        name="Router",
+        num_replicas=1,
+        max_ongoing_requests=ROUTER_ONGOING_REQUESTS,
+        health_check_period_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=1,
+        ray_actor_options={"num_cpus": 0},
+        deployment_actors=[
+            DeploymentActorConfig(
+                name=MIGRATOR,
+                actor_class=Migrator,
+                init_kwargs={"settings": config.mell.model_dump()},
+                actor_options={"num_cpus": 0},
+            )
+        ],
+    )
+    ingress = serve.deployment(
+        Ingress,
+        name="Ingress",
+        num_replicas=config.mell.ingress.num_replicas,
+        max_ongoing_requests=config.mell.ingress.max_ongoing_requests,
+        health_check_period_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=config.mell.ingress.drain_s,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(config, router.bind(config))

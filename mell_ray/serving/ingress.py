@@ -1,0 +1,289 @@
+"""The ingress: HTTP and Python handle calls in, tokens out. Stateless, any number of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from mell_ray.config import LLMConfig, MellConfig
+from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, OverloadedError
+from mell_ray.openai.errors import error_body
+from mell_ray.openai.response import model_list, sse_error
+from mell_ray.serving.fleet import replica_namespace
+from mell_ray.serving.logs import configure_logging
+from mell_ray.serving.model_source import context_length, load_tokenizer
+from mell_ray.serving.router_client import RouterClient
+from mell_ray.serving.runner import Job, Runner, check_fits
+from mell_ray.serving.service import Prepared, ServedModel, Service
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0
+DISCONNECTED = 499  # nginx's status for a client that went away; nobody sees it
+
+app = FastAPI(title="mell-ray", docs_url="/docs", redoc_url=None)
+
+
+@app.exception_handler(MellError)
+async def _mell_error(_: Request, error: MellError) -> JSONResponse:
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    return JSONResponse(error_body(error), error.status_code, headers)
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
+    body = error_body(NotFoundError(str(error.detail), code=str(error.status_code)))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+@app.exception_handler(Exception)
+async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+    logger.error("request failed", exc_info=error)
+    return JSONResponse(error_body(error), 500)
+
+
+class _PoolLimits:
+    """The pool size of each model's replicas, asked once from the Router."""
+
+    def __init__(self, router: RouterClient) -> None:
+        self._router = router
+        self._known: dict[str, tuple[int, int]] = {}
+
+    async def check(self, job: Job) -> None:
+        limits = self._known.get(job.model_id)
+        if limits is None:
+            limits = await self._router.call("limits", job.model_id)
+            if limits is not None:
+                self._known[job.model_id] = limits
+        check_fits(job, limits)
+
+
+@serve.ingress(app)
+class Ingress:
+    """See the module. Python callers use ``chat``, ``completions`` and ``generate``."""
+
+    async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:
+        configure_logging(config.mell.log_level)
+        namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
+        self._router = RouterClient(router)
+        self._runner = Runner(namespace, uuid.uuid4().hex, self._router)
+        loop = asyncio.get_running_loop()
+        models = [
+            await loop.run_in_executor(None, _served_model, llm) for llm in config.llm_configs
+        ]
+        self._default_model = models[0].model_id
+        self._service = Service(
+            models, self._runner, _PoolLimits(self._router), config.mell.ingress.default_max_tokens
+        )
+
+    # --- OpenAI ----------------------------------------------------------------------------
+
+    @app.get("/v1/models")
+    async def list_models(self) -> Response:
+        return JSONResponse(model_list(self._service.model_cards()))
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(self, model_id: str) -> Response:
+        return JSONResponse(self._service.model_card(model_id))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._http(request, chat=True)
+
+    @app.post("/v1/completions")
+    async def text_completions(self, request: Request) -> Response:
+        return await self._http(request, chat=False)
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self._router.call("ping")
+        except (TimeoutError, MellError):
+            raise OverloadedError("the Router does not answer", retry_after_s=1) from None
+        return JSONResponse({"status": "ok"})
+
+    # --- operator --------------------------------------------------------------------------
+
+    @app.get("/mell/v1/state")
+    async def state(self) -> Response:
+        return JSONResponse(await self._router.call("state"))
+
+    @app.get("/mell/v1/migrations")
+    async def migrations(self) -> Response:
+        return JSONResponse({"migrations": await self._router.call("migrations")})
+
+    @app.post("/mell/v1/requests/{request_id}/migrate")
+    async def migrate(self, request_id: str, request: Request) -> Response:
+        body = await _json_object(request)
+        to, mode = body.get("to"), body.get("mode", "auto")
+        _refuse_unknown(body, {"to", "mode"})
+        if to is not None and not isinstance(to, str):
+            raise InvalidRequestError("'to': must be a replica id or null", param="to")
+        if mode not in ("kv", "token", "auto"):
+            raise InvalidRequestError("'mode': must be 'kv', 'token' or 'auto'", param="mode")
+        return JSONResponse(await self._router.call("migrate", request_id, to, mode))
+
+    @app.post("/mell/v1/replicas/{replica_id}/evacuate")
+    async def evacuate(self, replica_id: str) -> Response:
+        return JSONResponse(await self._router.call("evacuate", replica_id), 202)
+
+    @app.post("/mell/v1/replicas")
+    async def open_replica(self, request: Request) -> Response:
+        body = await _json_object(request)
+        _refuse_unknown(body, {"model"})
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise InvalidRequestError("'model': must be a model id", param="model")
+        return JSONResponse(await self._router.call("open_replica", model), 202)
+
+    # --- Python handle ---------------------------------------------------------------------
+
+    async def chat(self, body: dict[str, Any] | None = None, **fields: Any) -> Any:
+        """``/v1/chat/completions`` for other Ray apps: the same body, as a dict or as keywords;
+        ``model`` may be left out. Returns the response, or with ``stream=True`` (and
+        ``handle.options(stream=True)``) a generator of chunks."""
+        return await self._handle_call(body, fields, chat=True)
+
+    async def completions(self, body: dict[str, Any] | None = None, **fields: Any) -> Any:
+        """``/v1/completions``, see ``chat``."""
+        return await self._handle_call(body, fields, chat=False)
+
+    async def generate(self, prompt: str | list[int], **fields: Any) -> Any:
+        """Tokens and text without OpenAI's wrapping: ``{"choices": [{"text", "token_ids",
+        "finish_reason"}], "usage"}``; streamed: ``{"index", "text", "token_ids",
+        "finish_reason"}`` per step. ``fields`` as in ``/v1/completions``."""
+        body = {"model": self._default_model, "prompt": prompt, **fields}
+        prepared = await self._service.prepare(body, chat=False)
+        if prepared.request.stream:
+            return self._service.generate(prepared)
+        return await self._service.generate_all(prepared)
+
+    async def state_snapshot(self) -> dict[str, Any]:
+        """``GET /mell/v1/state`` for Python callers."""
+        return await self._router.call("state")
+
+    async def _handle_call(
+        self, body: dict[str, Any] | None, fields: dict[str, Any], *, chat: bool
+    ) -> Any:
+        merged = {"model": self._default_model, **(body or {}), **fields}
+        prepared = await self._service.prepare(merged, chat=chat)
+        if prepared.request.stream:
+            return _decoded(self._service.stream(prepared))
+        return await self._service.respond(prepared)
+
+    # --- HTTP ------------------------------------------------------------------------------
+
+    async def _http(self, request: Request, *, chat: bool) -> Response:
+        prepared = await self._service.prepare(await _json_body(request), chat=chat)
+        headers = {"x-request-id": prepared.request_id}
+        if not prepared.request.stream:
+            answer = await _unless_disconnected(request, self._service.respond(prepared))
+            if answer is None:
+                return Response(status_code=DISCONNECTED)
+            return JSONResponse(answer, headers=headers)
+        return await self._sse(request, prepared, headers)
+
+    async def _sse(
+        self, request: Request, prepared: Prepared, headers: dict[str, str]
+    ) -> Response:
+        """A stream whose first chunk is there already: what fails before it gets its status."""
+        chunks = self._service.stream(prepared)
+        first = await _unless_disconnected(request, anext(chunks))
+        if first is None:
+            await chunks.aclose()
+            return Response(status_code=DISCONNECTED)
+        return StreamingResponse(
+            _guarded(first, chunks),
+            media_type="text/event-stream",
+            headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+
+def _served_model(llm: LLMConfig) -> ServedModel:
+    return ServedModel(llm.model_id, load_tokenizer(llm), context_length(llm), int(time.time()))
+
+
+async def _json_body(request: Request) -> Any:
+    raw = await request.body()
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise InvalidRequestError("the request body is not valid JSON") from None
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    """The body of an operator call; an empty one means no settings."""
+    body = await _json_body(request) if await request.body() else {}
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the request body must be a JSON object")
+    return body
+
+
+def _refuse_unknown(body: dict[str, Any], known: set[str]) -> None:
+    for name in body:
+        if name not in known:
+            raise InvalidRequestError(f"'{name}': unknown field; remove it", param=name)
+
+
+async def _guarded(
+    first: bytes, chunks: AsyncGenerator[bytes, None]
+) -> AsyncIterator[bytes]:
+    """After the headers an error can only be told inside the stream."""
+    async with aclosing(chunks):
+        try:
+            yield first
+            async for chunk in chunks:
+                yield chunk
+        except MellError as error:
+            yield sse_error(error)
+        except Exception as error:
+            logger.error("stream failed", exc_info=error)
+            yield sse_error(error)
+
+
+async def _decoded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[dict[str, Any], None]:
+    """Server-sent events as dicts, for Python callers."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for event in chunk.decode().split("\n\n"):
+                data = event.removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+
+async def _unless_disconnected(request: Request, work: Any) -> Any:
+    """The result of ``work``; None, with ``work`` cancelled, if the client goes away first."""
+    task = asyncio.ensure_future(_as_coroutine(work))
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
+async def _as_coroutine(work: Any) -> Any:
+    return await work
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

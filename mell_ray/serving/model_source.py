@@ -1,0 +1,59 @@
+"""From a configured model source to a directory, a tokenizer, an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mell_ray.builtin import model_path
+from mell_ray.config import BUILTIN_SOURCE, LLMConfig
+from mell_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mell_ray.engine import Engine
+
+
+def resolve_source(llm: LLMConfig) -> str:
+    """A directory or a hub id.
+
+    Raises:
+        ConfigError: the source is written like a path and is no directory.
+    """
+    source = llm.model_loading_config.source
+    if source == BUILTIN_SOURCE:
+        return str(model_path())
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path and not Path(source).expanduser().is_dir():
+        raise ConfigError(
+            f"llm_configs[{llm.model_id}].model_loading_config.model_source: "
+            f"{source!r} is not a directory; give a Hugging Face id, a directory, or 'builtin'"
+        )
+    return str(Path(source).expanduser()) if looks_like_path else source
+
+
+def load_tokenizer(llm: LLMConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
+    )
+
+
+def context_length(llm: LLMConfig) -> int:
+    """The model's limit of prompt + output in tokens, as configured or from its own config."""
+    from transformers import AutoConfig
+
+    limit = llm.engine_kwargs.max_model_len
+    if limit is not None:
+        return limit
+    config = AutoConfig.from_pretrained(
+        resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
+    )
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def build_engine(llm: LLMConfig, device: str) -> Engine:
+    from mell_ray.engine import Engine, load_model
+
+    model = load_model(resolve_source(llm), llm.engine_kwargs, device)
+    return Engine(model, llm.engine_kwargs, device)

@@ -1,0 +1,395 @@
+"""The GPU replica: one Ray actor that owns one accelerator.
+
+Two event loops serve its calls: the default group carries the data path (submit, cancel, the token
+streams), the ``control`` group the Router's polls and migrations, so that neither waits for the
+other. The engine has a thread of its own. State that more than one of them touches is changed only
+in the engine thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import ray
+
+from mell_ray.config import LLMConfig, MigrationConfig
+from mell_ray.engine import Engine
+from mell_ray.engine.loop import EngineLoop
+from mell_ray.engine.types import RequestState, Reservation, StepOutput
+from mell_ray.errors import ConflictError, FencedError
+from mell_ray.migration.source import MigrationSource
+from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.types import (
+    ChunkMeta,
+    Frozen,
+    MigrationOrder,
+    Settlement,
+    TokenTail,
+)
+from mell_ray.serving.housekeeping import Housekeeping
+from mell_ray.serving.logs import configure_logging
+from mell_ray.serving.outbox import Outbox
+from mell_ray.serving.wire import (
+    Evicted,
+    Migrating,
+    Moved,
+    ReplicaInfo,
+    ReplicaReport,
+    StepSample,
+    StreamItem,
+    encode_delta,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+HEARTBEAT_S = 1.0
+PROGRESS_POLL_S = 0.003
+CONTROL_GROUP = "control"
+
+_control = ray.method(concurrency_group=CONTROL_GROUP)
+_control_pair = ray.method(concurrency_group=CONTROL_GROUP, num_returns=2)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """Everything a replica is told at birth."""
+
+    replica_id: str
+    namespace: str
+    device: str  # "cuda" or "cpu"
+    llm: LLMConfig
+    migration: MigrationConfig
+    lease_s: float
+    ingress_timeout_s: float
+    config_hash: str
+    log_level: str
+
+
+class GPUReplica:
+    """See the module. Created by the fleet with ``ray.remote``."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        from mell_ray.serving.model_source import build_engine
+
+        configure_logging(spec.log_level)
+        self._spec = spec
+        self._engine = build_engine(spec.llm, spec.device)
+        self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
+        self._source = MigrationSource(spec.migration.timeout_s)
+        self._target = MigrationTarget(spec.migration.timeout_s)
+        self._outboxes: dict[str, Outbox] = {}
+        self._ingress_of: dict[str, str] = {}  # request id -> ingress id
+        self._incarnation = 0
+        self._retired = False
+        self._step: StepSample | None = None
+        self._changed: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._loop.start()
+        self._housekeeping = Housekeeping(self, spec.namespace, spec.lease_s)
+        self._housekeeping.start()
+
+    # --- engine thread ---------------------------------------------------------------------
+
+    def _on_step(self, output: StepOutput) -> None:
+        self._step = StepSample(
+            output.num_decode_tokens + (output.num_prefill_tokens > 0),
+            output.num_resident_tokens,
+            output.seconds,
+        )
+        per_ingress: dict[str, list] = {}
+        for delta in output.deltas:
+            ingress = self._ingress_of.get(delta.request_id)
+            if delta.finish_reason is not None:
+                self._ingress_of.pop(delta.request_id, None)
+                self._notify_router()
+            if ingress is not None:
+                per_ingress.setdefault(ingress, []).append(encode_delta(delta))
+        for ingress, deltas in per_ingress.items():
+            self._outbox(ingress).put(deltas)
+
+    def _on_fatal(self, error: BaseException) -> None:
+        # Ray tells everybody at once that the actor died; each stream is then continued elsewhere.
+        logging.shutdown()
+        os._exit(1)
+
+    def _notify_router(self) -> None:
+        changed = self._changed
+        if changed is not None:
+            loop, event = changed
+            loop.call_soon_threadsafe(event.set)
+
+    def _outbox(self, ingress_id: str) -> Outbox:
+        return self._outboxes.setdefault(ingress_id, Outbox())
+
+    def _forget(self, engine: Engine, request_id: str) -> bool:
+        self._ingress_of.pop(request_id, None)
+        return engine.abort(request_id)
+
+    def in_engine(self, function: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """Run ``function`` in the engine thread, between two steps."""
+        return asyncio.wrap_future(self._loop.call(function))
+
+    # --- data path -------------------------------------------------------------------------
+
+    async def open_stream(self, ingress_id: str) -> AsyncIterator[StreamItem]:
+        """Everything the ingress must be told, one item per engine step, a heartbeat in between."""
+        outbox = self._outbox(ingress_id)
+        outbox.streams += 1
+        mine = outbox.streams
+        outbox.last_seen = time.monotonic()
+        yield StreamItem()
+        while outbox.streams == mine:
+            yield await outbox.take(HEARTBEAT_S)
+
+    async def submit(self, state: RequestState) -> None:
+        """Accept a new or recovered request.
+
+        Raises:
+            InvalidRequestError: it can never run here.
+            FencedError: this replica is being released, or a newer owner is here.
+        """
+
+        def accept(engine: Engine) -> None:
+            if self._retired:
+                raise FencedError(f"replica {self._spec.replica_id} is being released")
+            engine.validate(state)
+            present = engine.generation_of(state.request_id)
+            if present is not None:
+                if present >= state.generation:
+                    raise FencedError(f"{state.request_id} is here with generation {present}")
+                engine.abort(state.request_id)
+            engine.add(state)
+            self._ingress_of[state.request_id] = state.ingress_id
+
+        await self.in_engine(accept)
+        self._outbox(state.ingress_id).last_seen = time.monotonic()
+
+    async def cancel(self, request_ids: list[str]) -> None:
+        """Drop requests and free their blocks; unknown ids are fine."""
+
+        def drop(engine: Engine) -> None:
+            for request_id in request_ids:
+                self._forget(engine, request_id)
+            self._notify_router()
+
+        await self.in_engine(drop)
+
+    async def keepalive(self, ingress_id: str) -> None:
+        self._outbox(ingress_id).last_seen = time.monotonic()
+
+    # --- control: Router -------------------------------------------------------------------
+
+    @_control
+    async def info(self) -> ReplicaInfo:
+        engine, spec = self._engine, self._spec
+        return ReplicaInfo(
+            replica_id=spec.replica_id,
+            model_id=spec.llm.model_id,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            device=spec.device,
+            capacity_blocks=engine.capacity_blocks,
+            block_size=engine.block_size,
+            block_nbytes=engine.block_nbytes,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=spec.llm.engine_kwargs.max_num_seqs,
+            config_hash=spec.config_hash,
+        )
+
+    @_control
+    async def report(self, incarnation: int, wait_s: float) -> ReplicaReport:
+        """Renew the lease and report; waits up to ``wait_s`` for something to have ended.
+
+        Raises:
+            FencedError: a newer Router has spoken already.
+        """
+        self._fence(incarnation)
+        if wait_s > 0:
+            event = asyncio.Event()
+            self._changed = (asyncio.get_running_loop(), event)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await event.wait()
+            except TimeoutError:
+                pass
+        stats, sequences = await self.in_engine(lambda e: (e.stats(), e.sequences()))
+        step, self._step = self._step, None
+        return ReplicaReport(self._spec.replica_id, stats, sequences, step, self._retired)
+
+    @_control
+    async def retire(self, incarnation: int) -> bool:
+        """Refuse everything from now on, provided nothing is here. The Router may then kill it."""
+        self._fence(incarnation)
+
+        def close(engine: Engine) -> bool:
+            if not self._retired and not engine.sequences() and not len(self._target):
+                self._retired = True
+            return self._retired
+
+        return await self.in_engine(close)
+
+    @_control
+    async def evict(self, incarnation: int, request_ids: list[str]) -> None:
+        """Give requests up; their ingress asks the Router for another place."""
+        self._fence(incarnation)
+
+        def give_up(engine: Engine) -> None:
+            for request_id in request_ids:
+                generation = engine.generation_of(request_id)
+                ingress = self._ingress_of.get(request_id)
+                if generation is None or self._source.is_leaving(request_id):
+                    continue
+                self._forget(engine, request_id)
+                if ingress is not None:
+                    self._outbox(ingress).put(notices=[Evicted(request_id, generation)])
+
+        await self.in_engine(give_up)
+
+    @_control
+    async def generation_of(self, request_id: str) -> int | None:
+        return await self.in_engine(lambda e: e.generation_of(request_id))
+
+    @_control
+    async def check(self) -> None:
+        """Verify the engine's invariants; raises AssertionError."""
+        await self.in_engine(lambda e: e.check())
+
+    def _fence(self, incarnation: int) -> None:
+        if incarnation < self._incarnation:
+            raise FencedError(f"Router {incarnation} was replaced by {self._incarnation}")
+        self._incarnation = incarnation
+        self._housekeeping.renew_lease()
+
+    # --- control: migration, source side ---------------------------------------------------
+
+    @_control
+    async def mig_begin(self, order: MigrationOrder) -> RequestState:
+        def begin(engine: Engine) -> RequestState:
+            state = self._source.begin(engine, order)
+            ingress = self._ingress_of.get(order.request_id)
+            if ingress is not None:
+                self._outbox(ingress).put(notices=[Migrating(order.request_id, order.dst)])
+            return state
+
+        return await self.in_engine(begin)
+
+    @_control_pair
+    async def mig_stage(
+        self, migration_id: str, first_block: int, max_blocks: int
+    ) -> tuple[ChunkMeta, np.ndarray]:
+        return await self.in_engine(
+            lambda e: self._source.stage(e, migration_id, first_block, max_blocks)
+        )
+
+    @_control
+    async def mig_tokens(self, migration_id: str, start: int) -> TokenTail:
+        return await self.in_engine(lambda e: self._source.tokens(e, migration_id, start))
+
+    @_control_pair
+    async def mig_freeze(self, migration_id: str, first_block: int) -> tuple[Frozen, np.ndarray]:
+        return await self.in_engine(lambda e: self._source.freeze(e, migration_id, first_block))
+
+    @_control
+    async def mig_thaw(self, migration_id: str) -> bool:
+        return await self.in_engine(lambda e: self._source.thaw(e, migration_id))
+
+    @_control
+    async def mig_release(self, migration_id: str) -> None:
+        await self.in_engine(lambda e: self.release_moved(e, migration_id))
+
+    def release_moved(self, engine: Engine, migration_id: str) -> None:
+        """In the engine thread: the target owns the request; tell its ingress and forget it."""
+        order = self._source.release(engine, migration_id)
+        if order is None:
+            return
+        ingress = self._ingress_of.pop(order.request_id, None)
+        if ingress is not None:
+            self._outbox(ingress).put(notices=[Moved(order.request_id, order.dst)])
+        self._notify_router()
+
+    # --- control: migration, target side ---------------------------------------------------
+
+    @_control
+    async def mig_reserve(self, order: MigrationOrder, state: RequestState) -> Reservation:
+        def reserve(engine: Engine) -> Reservation:
+            if self._retired:
+                raise ConflictError(f"replica {self._spec.replica_id} is being released")
+            return self._target.reserve(engine, order, state)
+
+        return await self.in_engine(reserve)
+
+    @_control
+    async def mig_receive(self, migration_id: str, first_block: int, payload: np.ndarray) -> None:
+        await self.in_engine(
+            lambda e: self._target.receive(e, migration_id, first_block, payload)
+        )
+
+    @_control
+    async def mig_extend(self, migration_id: str, tail: TokenTail) -> None:
+        await self.in_engine(lambda e: self._target.extend(e, migration_id, tail))
+
+    @_control
+    async def mig_wait_progress(self, migration_id: str, num_tokens: int) -> int:
+        """Wait until the reservation's KV reaches ``num_tokens - 1`` tokens (the last one is
+        computed when the request is resumed)."""
+        while True:
+            have = await self.in_engine(lambda e: self._target.progress(e, migration_id))
+            if have >= num_tokens - 1:
+                return have
+            await asyncio.sleep(PROGRESS_POLL_S)
+
+    @_control
+    async def mig_commit(self, migration_id: str, frozen: Frozen, payload: np.ndarray) -> int:
+        def commit(engine: Engine) -> int:
+            generation = self._target.commit(engine, migration_id, frozen, payload)
+            self._ingress_of[frozen.state.request_id] = frozen.state.ingress_id
+            return generation
+
+        return await self.in_engine(commit)
+
+    @_control
+    async def mig_settle(self, migration_id: str) -> Settlement:
+        return await self.in_engine(lambda e: self._target.settle(e, migration_id))
+
+    # --- housekeeping (called from its thread) ---------------------------------------------
+
+    def expire(self) -> None:
+        """Drop what nobody will ever ask for again: requests of dead ingresses, reservations of
+        dead migrations."""
+        deadline = time.monotonic() - self._spec.ingress_timeout_s
+        gone = {name for name, box in list(self._outboxes.items()) if box.last_seen < deadline}
+
+        def drop(engine: Engine) -> None:
+            self._source.expire()
+            self._target.expire(engine)
+            for request_id, ingress in list(self._ingress_of.items()):
+                if ingress in gone:
+                    logger.warning("ingress %s is gone: dropping %s", ingress, request_id)
+                    self._forget(engine, request_id)
+
+        self._loop.call(drop).result()
+        for name in gone:
+            self._outboxes.pop(name, None)
+
+    def busy(self) -> bool:
+        return bool(self._ingress_of)
+
+    def overdue(self, freeze_s: float) -> list[MigrationOrder]:
+        return self._loop.call(lambda e: self._source.overdue(freeze_s)).result()
+
+    def conclude(self, order: MigrationOrder, settlement: Settlement) -> None:
+        """Act on the target's answer about a migration that its driver has left frozen."""
+        migration_id = order.migration_id
+        if settlement == "committed":
+            self._loop.call(lambda e: self.release_moved(e, migration_id)).result()
+        else:
+            self._loop.call(lambda e: self._source.thaw(e, migration_id)).result()
+

@@ -1,0 +1,205 @@
+"""Carries one request from placement to its last token, whatever happens to replicas meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from mell_ray.engine.types import RequestState, SamplingParams
+from mell_ray.errors import FencedError, InvalidRequestError, ServerError
+from mell_ray.serving.links import ReplicaGone, ReplicaLinks
+from mell_ray.serving.ray_errors import unwrap
+from mell_ray.serving.router_client import RouterClient
+from mell_ray.serving.track import Accepted, Track
+from mell_ray.serving.wire import Evicted, Lease, Migrating, Moved, PlaceRequest, StreamItem
+
+logger = logging.getLogger(__name__)
+
+# A request that kills every replica it touches must not kill them all.
+MAX_RECOVERIES_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The replica that owned the request is gone, or gave the request up."""
+
+    replica_id: str
+    died: bool
+
+
+@dataclass(slots=True)
+class Live:
+    track: Track
+    events: asyncio.Queue[Accepted | Lost]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the ingress wants generated: one choice of one request."""
+
+    request_id: str
+    model_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+
+
+class Runner:
+    """All requests of one ingress. ``violations`` counts breaches of exactly-once; it stays 0."""
+
+    def __init__(self, namespace: str, ingress_id: str, router: RouterClient) -> None:
+        self._ingress_id = ingress_id
+        self._router = router
+        self._live: dict[str, Live] = {}
+        self._links = ReplicaLinks(namespace, ingress_id, self._on_item, self._on_lost)
+        self.violations = 0
+        self.recoveries = 0
+
+    async def run(self, job: Job) -> AsyncGenerator[Accepted, None]:
+        """Generate. The caller may stop early (``aclose``): the request is then dropped.
+
+        Raises:
+            MellError: the request is refused or failed for good.
+        """
+        track = Track(job.request_id, replica_id="", generation=0)
+        live = Live(track, asyncio.Queue())
+        self._live[job.request_id] = live
+        try:
+            await self._start(job, track, lost=None)
+            failures = 0
+            while not track.finished or not live.events.empty():
+                event = await live.events.get()
+                if isinstance(event, Accepted):
+                    failures = 0
+                    if event.error is not None:
+                        raise ServerError(event.error)
+                    yield event
+                elif event.replica_id == track.replica_id and not track.finished:
+                    failures += event.died
+                    if failures > MAX_RECOVERIES_WITHOUT_PROGRESS:
+                        raise ServerError(
+                            f"{failures} replicas died one after another with this request"
+                        )
+                    self.recoveries += 1
+                    await self._start(job, track, lost=event.replica_id)
+        finally:
+            del self._live[job.request_id]
+            if not track.finished:
+                self._abandon(track)
+
+    async def _start(self, job: Job, track: Track, lost: str | None) -> None:
+        """Get a place and bring the request there, with all tokens received so far."""
+        while True:
+            lease = await self._router.place(
+                PlaceRequest(
+                    request_id=job.request_id,
+                    model_id=job.model_id,
+                    num_tokens=len(job.prompt_token_ids) + len(track.token_ids),
+                    max_total_tokens=len(job.prompt_token_ids) + job.sampling.max_tokens,
+                    priority=job.priority,
+                    generation=track.generation,
+                    lost_replica=lost,
+                )
+            )
+            track.take_over(lease.replica_id, lease.generation)
+            try:
+                actor = await self._links.ensure(lease.replica_id)
+                if not lease.existing:
+                    await actor.submit.remote(self._state(job, track, lease))
+                return
+            except (ReplicaGone, RayActorError):
+                lost = lease.replica_id
+            except RayTaskError as error:
+                cause = unwrap(error)
+                if not isinstance(cause, FencedError):
+                    raise cause from None
+                lost = lease.replica_id
+
+    def _state(self, job: Job, track: Track, lease: Lease) -> RequestState:
+        return RequestState(
+            request_id=job.request_id,
+            prompt_token_ids=job.prompt_token_ids,
+            sampling=job.sampling,
+            arrival_s=lease.arrival_s,
+            priority=job.priority,
+            generation=lease.generation,
+            output_token_ids=list(track.token_ids),
+            output_logprobs=list(track.logprobs),
+            ingress_id=self._ingress_id,
+        )
+
+    def _abandon(self, track: Track) -> None:
+        if track.replica_id:
+            self._links.cancel(track.replica_id, [track.request_id])
+        self._links.spawn(self._router.call("forget", [track.request_id]))
+
+    # --- streams ---------------------------------------------------------------------------
+
+    def _on_item(self, replica_id: str, item: StreamItem) -> None:
+        strays: list[str] = []
+        for delta in item.deltas:
+            live = self._live.get(delta[0])
+            if live is None:
+                if delta[5] is None:
+                    strays.append(delta[0])
+                continue
+            before = live.track.violations
+            accepted = live.track.accept(replica_id, delta)
+            if accepted is not None:
+                live.events.put_nowait(accepted)
+            elif delta[5] is None and live.track.is_ahead(delta):
+                strays.append(delta[0])
+            if live.track.violations > before:
+                self.violations += 1
+                logger.error("exactly-once violated: %s by %s", delta[0], replica_id)
+        if strays:
+            self._links.cancel(replica_id, strays)
+        for notice in item.notices:
+            self._on_notice(replica_id, notice)
+
+    def _on_notice(self, replica_id: str, notice: Migrating | Moved | Evicted) -> None:
+        live = self._live.get(notice.request_id)
+        if live is None:
+            return
+        if isinstance(notice, Evicted):
+            live.events.put_nowait(Lost(replica_id, died=False))
+            return
+        if isinstance(notice, Moved):
+            live.track.follow(replica_id, notice.dst)
+        self._links.spawn(self._connect(notice.dst, live))
+
+    async def _connect(self, replica_id: str, live: Live) -> None:
+        try:
+            await self._links.ensure(replica_id)
+        except ReplicaGone:
+            live.events.put_nowait(Lost(replica_id, died=True))
+
+    def _on_lost(self, replica_id: str) -> None:
+        for live in self._live.values():
+            if live.track.replica_id == replica_id:
+                live.events.put_nowait(Lost(replica_id, died=True))
+
+
+def check_fits(job: Job, limits: tuple[int, int] | None) -> None:
+    """Refuse what no replica of the model can ever hold. ``limits``: context length and pool
+    capacity in tokens, where a replica has told them.
+
+    Raises:
+        InvalidRequestError: names both lengths.
+    """
+    if limits is None:
+        return
+    total = len(job.prompt_token_ids) + job.sampling.max_tokens
+    pool = limits[1]
+    if total > pool:
+        raise InvalidRequestError(
+            f"prompt of {len(job.prompt_token_ids)} tokens plus max_tokens "
+            f"{job.sampling.max_tokens} exceeds the {pool} tokens that a replica can hold; "
+            "shorten the prompt or lower max_tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,330 @@
+"""Answers OpenAI requests with a Runner: validation, choices, text, responses. No HTTP, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from mell_ray.errors import InvalidRequestError, ModelNotFoundError
+from mell_ray.openai.errors import from_validation_error
+from mell_ray.openai.plan import (
+    Generation,
+    choice_request_id,
+    count_prompt_tokens,
+    plan_chat,
+    plan_completion,
+)
+from mell_ray.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from mell_ray.openai.response import (
+    SSE_DONE,
+    ApiFinishReason,
+    ChatChunker,
+    Choice,
+    CompletionChunker,
+    chat_response,
+    completion_response,
+    finish_reason,
+    model_card,
+    usage,
+)
+from mell_ray.openai.text import TextPiece
+from mell_ray.openai.tokenizer import Tokenizer
+from mell_ray.serving.runner import Job
+from mell_ray.serving.track import Accepted
+
+
+class Runs(Protocol):
+    """What generates tokens: a Runner."""
+
+    def run(self, job: Job) -> AsyncGenerator[Accepted, None]: ...
+
+
+class Limits(Protocol):
+    """Refuses a job that no replica of its model can hold."""
+
+    async def check(self, job: Job) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as the ingress knows it."""
+
+    model_id: str
+    tokenizer: Tokenizer
+    max_model_len: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """What one choice has to add; ``reason`` with its last event."""
+
+    index: int
+    piece: TextPiece
+    reason: ApiFinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A validated request, ready to run."""
+
+    request_id: str
+    created: int
+    model: ServedModel
+    request: GenerationRequest
+    generations: Sequence[Generation]
+    jobs: Sequence[Job]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return count_prompt_tokens(self.generations)
+
+
+class Service:
+    """All models of one ingress."""
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        runs: Runs,
+        limits: Limits,
+        default_max_tokens: int,
+    ) -> None:
+        self._models = {model.model_id: model for model in models}
+        self._runs = runs
+        self._limits = limits
+        self._default_max_tokens = default_max_tokens
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        return [self.model_card(name) for name in self._models]
+
+    def model_card(self, name: str) -> dict[str, Any]:
+        model = self._model(name)
+        return model_card(model.model_id, model.created, model.max_model_len)
+
+    async def prepare(self, body: Any, *, chat: bool) -> Prepared:
+        """Validate a request body and tokenise it.
+
+        Raises:
+            InvalidRequestError: names the field.
+            ModelNotFoundError: the model is not served here.
+        """
+        request = _parse(body, chat=chat)
+        model = self._model(request.model)
+        limits = {
+            "max_model_len": model.max_model_len,
+            "default_max_tokens": self._default_max_tokens,
+            "request_seed": secrets.randbits(62),
+        }
+        if isinstance(request, ChatCompletionRequest):
+            generations = plan_chat(request, model.tokenizer, **limits)
+        else:
+            assert isinstance(request, CompletionRequest)
+            generations = plan_completion(request, model.tokenizer, **limits)
+        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        jobs = [
+            Job(
+                request_id=choice_request_id(request_id, i, len(generations)),
+                model_id=model.model_id,
+                prompt_token_ids=generation.prompt_token_ids,
+                sampling=generation.sampling,
+                priority=request.priority,
+            )
+            for i, generation in enumerate(generations)
+        ]
+        for job in jobs:
+            await self._limits.check(job)
+        return Prepared(request_id, int(time.time()), model, request, generations, jobs)
+
+    async def respond(self, prepared: Prepared) -> dict[str, Any]:
+        """The whole answer at once."""
+        wants_logprobs = prepared.request.num_logprobs is not None
+        choices = [
+            Choice(generation.choice_index, echo=generation.echo, logprobs=wants_logprobs)
+            for generation in prepared.generations
+        ]
+        async with aclosing(self.events(prepared)) as events:
+            async for event in events:
+                choices[event.index].add(event.piece)
+                choices[event.index].finish_reason = event.reason
+        build = (
+            chat_response
+            if isinstance(prepared.request, ChatCompletionRequest)
+            else completion_response
+        )
+        return build(
+            prepared.request_id,
+            prepared.created,
+            prepared.model.model_id,
+            choices,
+            prepared.prompt_tokens,
+        )
+
+    async def stream(self, prepared: Prepared) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+        request = prepared.request
+        is_chat = isinstance(request, ChatCompletionRequest)
+        chunker = (ChatChunker if is_chat else CompletionChunker)(
+            prepared.request_id,
+            prepared.created,
+            prepared.model.model_id,
+            include_usage=request.include_usage,
+        )
+        completion_tokens = 0
+        async with aclosing(self.events(prepared)) as events:
+            greeted = False
+            async for event in events:
+                head = b""
+                if not greeted:
+                    head, greeted = _greeting(chunker, prepared), True
+                completion_tokens += len(event.piece.token_ids)
+                chunk = head + chunker.delta(event.index, event.piece)
+                if event.reason is not None:
+                    chunk += chunker.finish(event.index, event.reason)
+                if chunk:
+                    yield chunk
+        tail = SSE_DONE
+        if request.include_usage:
+            tail = chunker.usage(prepared.prompt_tokens, completion_tokens) + tail
+        yield tail
+
+    async def events(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
+        """Events of all choices as they come; closing it drops what still runs."""
+        if len(prepared.jobs) == 1:
+            async with aclosing(self._choice(prepared, 0)) as events:
+                async for event in events:
+                    yield event
+            return
+        queue: asyncio.Queue[ChoiceEvent | BaseException | None] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._feed(prepared, i, queue)) for i in range(len(prepared.jobs))
+        ]
+        try:
+            running = len(tasks)
+            while running:
+                event = await queue.get()
+                if isinstance(event, ChoiceEvent):
+                    yield event
+                elif event is None:
+                    running -= 1
+                else:
+                    raise event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _feed(
+        self,
+        prepared: Prepared,
+        index: int,
+        queue: asyncio.Queue[ChoiceEvent | BaseException | None],
+    ) -> None:
+        try:
+            async with aclosing(self._choice(prepared, index)) as events:
+                async for event in events:
+                    queue.put_nowait(event)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    async def _choice(self, prepared: Prepared, index: int) -> AsyncGenerator[ChoiceEvent, None]:
+        """One choice from tokens to text; stops the request where a stop string is complete."""
+        text = prepared.generations[index].open_text(prepared.model.tokenizer)
+        async with aclosing(self._runs.run(prepared.jobs[index])) as accepted:
+            async for delta in accepted:
+                piece = text.push(delta.token_ids, delta.logprobs)
+                if piece.stopped:
+                    yield ChoiceEvent(index, piece, "stop")
+                    return
+                if delta.finish_reason is not None:
+                    last = text.finish()
+                    stopped: ApiFinishReason = "stop"
+                    reason = stopped if last.stopped else finish_reason(delta.finish_reason)
+                    yield ChoiceEvent(index, _join(piece, last), reason)
+                    return
+                yield ChoiceEvent(index, piece, None)
+
+    def _model(self, name: str) -> ServedModel:
+        model = self._models.get(name)
+        if model is None:
+            served = ", ".join(repr(known) for known in self._models)
+            raise ModelNotFoundError(
+                f"The model '{name}' does not exist; this server has {served}.",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    async def generate(
+        self, prepared: Prepared
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Plain events for Python callers: text and tokens of choice 0 as they come."""
+        async with aclosing(self.events(prepared)) as events:
+            async for event in events:
+                yield {
+                    "index": event.index,
+                    "text": event.piece.text,
+                    "token_ids": list(event.piece.token_ids),
+                    "finish_reason": event.reason,
+                }
+
+    async def generate_all(self, prepared: Prepared) -> dict[str, Any]:
+        """The same, collected."""
+        texts = ["" for _ in prepared.jobs]
+        token_ids: list[list[int]] = [[] for _ in prepared.jobs]
+        reasons: list[str | None] = [None for _ in prepared.jobs]
+        async with aclosing(self.generate(prepared)) as events:
+            async for event in events:
+                texts[event["index"]] += event["text"]
+                token_ids[event["index"]] += event["token_ids"]
+                reasons[event["index"]] = event["finish_reason"]
+        return {
+            "id": prepared.request_id,
+            "model": prepared.model.model_id,
+            "choices": [
+                {"index": i, "text": texts[i], "token_ids": token_ids[i], "finish_reason": reason}
+                for i, reason in enumerate(reasons)
+            ],
+            "usage": usage(prepared.prompt_tokens, sum(map(len, token_ids))),
+        }
+
+
+def _parse(body: Any, *, chat: bool) -> GenerationRequest:
+    if not isinstance(body, Mapping):
+        raise InvalidRequestError("the request body must be a JSON object")
+    try:
+        return (ChatCompletionRequest if chat else CompletionRequest).model_validate(body)
+    except ValidationError as error:
+        raise from_validation_error(error) from None
+
+
+def _greeting(chunker: ChatChunker | CompletionChunker, prepared: Prepared) -> bytes:
+    """What a stream begins with: the role of each choice, or the echoed prompt."""
+    if isinstance(chunker, ChatChunker):
+        return b"".join(chunker.role(i) for i in range(len(prepared.jobs)))
+    return b"".join(
+        chunker.echo(generation.choice_index, generation.echo)
+        for generation in prepared.generations
+        if generation.echo
+    )
+
+
+def _join(first: TextPiece, second: TextPiece) -> TextPiece:
+    return TextPiece(
+        first.text + second.text,
+        [*first.token_ids, *second.token_ids],
+        [*first.logprobs, *second.logprobs],
+    )

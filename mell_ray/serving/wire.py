@@ -1,0 +1,127 @@
+"""What travels between ingress, replica, Router and Migrator.
+
+Token deltas are the only hot message: one stream item per engine step and ingress, holding plain
+tuples, because pickling a tuple costs a fraction of pickling a dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mell_ray.engine.types import EngineStats, SequenceInfo, TokenDelta, TokenLogprobs
+
+ReplicaState = Literal["starting", "ready", "draining"]
+
+# (request id, generation, index, token ids, logprobs, finish reason, error)
+WireDelta = tuple[str, int, int, list[int], list[Any] | None, str | None, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Migrating:
+    """The source is about to move the request: the ingress connects to ``dst`` in advance."""
+
+    request_id: str
+    dst: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The source has handed the request over to ``dst``."""
+
+    request_id: str
+    dst: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """The replica gave the request up; the ingress asks the Router for another place."""
+
+    request_id: str
+    generation: int
+
+
+@dataclass(slots=True)
+class StreamItem:
+    """One item of a stream. Without deltas and notices it is a heartbeat."""
+
+    deltas: list[WireDelta] = field(default_factory=list)
+    notices: list[Migrating | Moved | Evicted] = field(default_factory=list)
+
+
+def encode_delta(delta: TokenDelta) -> WireDelta:
+    logprobs = delta.logprobs and [(item.logprob, item.top) for item in delta.logprobs]
+    return (
+        delta.request_id,
+        delta.generation,
+        delta.index,
+        delta.token_ids,
+        logprobs or None,
+        delta.finish_reason,
+        delta.error,
+    )
+
+
+def decode_logprobs(logprobs: list[Any] | None) -> list[TokenLogprobs] | None:
+    return logprobs and [TokenLogprobs(logprob, top) for logprob, top in logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What never changes about a replica once it is ready. Sizes in blocks, bytes and tokens."""
+
+    replica_id: str
+    model_id: str
+    node_id: str
+    pid: int
+    device: str
+    capacity_blocks: int
+    block_size: int
+    block_nbytes: int
+    max_model_len: int
+    max_num_seqs: int
+    config_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One recent engine step, for the Router's step-time model."""
+
+    sequences: int
+    resident_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """A replica's answer to the Router's poll."""
+
+    replica_id: str
+    stats: EngineStats
+    sequences: list[SequenceInfo]
+    step: StepSample | None
+    retired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Where a request lives. ``existing``: it is already there; attach, do not submit."""
+
+    replica_id: str
+    generation: int
+    arrival_s: float
+    existing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    """What the Router must know to place a request. Lengths in tokens."""
+
+    request_id: str
+    model_id: str
+    num_tokens: int
+    max_total_tokens: int
+    priority: int = 0
+    generation: int = 0  # the highest the ingress has seen; 0: new
+    arrival_s: float = 0.0  # 0: now
+    lost_replica: str | None = None  # the owner that failed, when this is a recovery
