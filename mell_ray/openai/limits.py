@@ -9,6 +9,7 @@ from __future__ import annotations
 MAX_N = 64  # choices per prompt
 MAX_CHOICES = 256  # choices of one request: prompts x n
 MAX_MESSAGES = 4096
+MAX_NAME_CHARS = 64  # of a message's author
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256  # per stop string
 MAX_STOP_TOKEN_IDS = 64

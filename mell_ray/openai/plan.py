@@ -14,6 +14,7 @@ from mell_ray.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
+    Message,
     Prompt,
 )
 from mell_ray.openai.text import TextStream
@@ -116,16 +117,20 @@ def _render(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
             "use /v1/completions instead",
             param="messages",
         )
-    messages = [
-        {"role": "system" if m.role == "developer" else m.role, "content": m.content}
-        for m in request.messages
-    ]
+    messages = [_template_message(message) for message in request.messages]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except (TemplateError, ValueError) as error:
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", param="messages"
         ) from error
+
+
+def _template_message(message: Message) -> dict[str, str]:
+    """As chat templates know it: ``developer`` is the newer name of ``system``."""
+    role = "system" if message.role == "developer" else message.role
+    name = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": message.content, **name}
 
 
 def _tokens(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -191,7 +196,7 @@ def _generations(
 
 def _check_token_fields(request: GenerationRequest, vocab_size: int) -> None:
     if request.logit_bias:
-        _check_vocabulary(request.logit_bias[-1][0], vocab_size, "logit_bias")
+        _check_vocabulary(max(request.logit_bias), vocab_size, "logit_bias")
     if request.stop_token_ids:
         _check_vocabulary(max(request.stop_token_ids), vocab_size, "stop_token_ids")
 
@@ -237,7 +242,7 @@ def _sampling(request: GenerationRequest, max_tokens: int, seed: int) -> Samplin
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
+        logit_bias=tuple(sorted(request.logit_bias.items())),
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         stop_token_ids=request.stop_token_ids,

@@ -36,6 +36,7 @@ from mell_ray.openai.limits import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_N,
+    MAX_NAME_CHARS,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
@@ -112,12 +113,12 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
-def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError("must be an object that maps token ids to numbers")
     if len(value) > MAX_LOGIT_BIAS:
         raise ValueError(f"at most {MAX_LOGIT_BIAS} entries are allowed")
-    return tuple(sorted({_token_key(k): _bias(b) for k, b in value.items()}.items()))
+    return {_token_key(key): _bias(bias) for key, bias in value.items()}
 
 
 def _token_key(key: Any) -> int:
@@ -175,6 +176,12 @@ def _content(value: Any) -> str:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError('must be a string or a non-empty list of {"type": "text"} parts')
     return "\n".join(_text_part(part) for part in value)
+
+
+def _participant(value: Any) -> str:
+    if not isinstance(value, str) or not 1 <= len(check_text(value)) <= MAX_NAME_CHARS:
+        raise ValueError(f"must be a string of 1 to {MAX_NAME_CHARS} characters")
+    return value
 
 
 def _text_part(part: Any) -> str:
@@ -239,13 +246,17 @@ class _Body(BaseModel):
 
 
 class Message(_Body):
-    """One message of a chat. ``content`` parts of type text are joined by line breaks."""
+    """One message of a chat. ``content`` parts of type text are joined by line breaks.
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"name", "annotations"})
+    ``name`` goes to the chat template, which may or may not make use of it.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"annotations"})
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_content)]
+    name: Annotated[str, BeforeValidator(_participant)] | None = None
 
 
 class StreamOptions(_Body):
@@ -270,7 +281,9 @@ class GenerationRequest(_Body, ABC):
     frequency_penalty: Annotated[StrictFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     presence_penalty: Annotated[StrictFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=MAX_REPETITION_PENALTY)] = 1.0
-    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = Field(
+        default_factory=dict
+    )
     ignore_eos: StrictBool = False
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_stop_token_ids)] = ()
     priority: Annotated[StrictInt, Field(ge=-MAX_INT32, le=MAX_INT32)] = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mell_ray.engine.types import TokenLogprobs
 from mell_ray.openai.detok import Detokenizer
 from mell_ray.openai.stops import StopMatcher
-from mell_ray.openai.tokenizer import Tokenizer, Vocabulary
+from mell_ray.openai.tokenizer import Tokenizer, vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class TextStream:
         hidden_token_ids: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
-        self._vocabulary = Vocabulary.of(tokenizer)
+        self._vocabulary = vocabulary_of(tokenizer)
         special = self._vocabulary.special_ids if skip_special_tokens else frozenset[int]()
         self._hidden = special.union(hidden_token_ids) if hidden_token_ids else special
         self._detokenizer = Detokenizer(self._vocabulary, self._hidden)
@@ -87,10 +87,6 @@ class TextStream:
         """Take the next tokens of the choice. After a stop string this changes nothing."""
         if self.stopped:
             return TextPiece(stopped=True)
-        if self._matcher is None and logprobs is None:
-            self.num_tokens += len(token_ids)
-            text = self._scan(self._detokenizer.push(token_ids))
-            return self._piece(text, list(token_ids))
         texts: list[str] = []
         for i, token in enumerate(token_ids):
             texts.append(self._push_one(token, logprobs[i] if logprobs else None))
@@ -111,7 +107,7 @@ class TextStream:
         self.num_tokens += 1
         if logprobs is not None and token not in self._hidden:
             self._entries.append(self._entry(token, logprobs))
-        return self._scan(self._detokenizer.push((token,)))
+        return self._scan(self._detokenizer.push(token))
 
     def _scan(self, text: str) -> str:
         """Look for stop strings in new final text; return what may be released."""

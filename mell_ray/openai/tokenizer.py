@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
@@ -15,6 +14,8 @@ class Tokenizer(Protocol):
     chat_template: Any
     bos_token_id: int | None
     all_special_ids: list[int]
+
+    def __hash__(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -42,10 +43,8 @@ def _byte_of_char() -> dict[str, int]:
 class Vocabulary:
     """Read-only view of a tokenizer: decoding without clean-up, and the bytes of one token.
 
-    Made once per tokenizer (``Vocabulary.of``), shared by all its streams.
+    Made once per tokenizer (``vocabulary_of``), shared by all its streams.
     """
-
-    _known: ClassVar[WeakKeyDictionary[Any, Vocabulary]] = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -58,13 +57,6 @@ class Vocabulary:
         self.special_ids = frozenset([*special, *tokenizer.all_special_ids])
         self._cache: dict[int, tuple[str, bytes]] = {}
         self.decode: Callable[[list[int]], str] = _decoder(tokenizer, backend)
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
-        found = cls._known.get(tokenizer)
-        if found is None:
-            found = cls._known[tokenizer] = cls(tokenizer)
-        return found
 
     def token(self, token_id: int) -> tuple[str, bytes]:
         """Text and bytes of one token on its own.
@@ -90,6 +82,11 @@ class Vocabulary:
         if "▁" in piece:  # SentencePiece's blank; decode() would drop a leading one
             return piece.replace("▁", " ").encode()
         return self.decode([token_id]).encode()
+
+
+@lru_cache(maxsize=32)  # more tokenizers than one application serves
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer)
 
 
 def _decoder_kinds(backend: Any) -> set[str]:
