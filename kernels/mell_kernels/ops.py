@@ -1,0 +1,65 @@
+"""The compute operations of the engine; the one place that chooses an implementation by device.
+
+All take the block-major pool ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mell_kernels import cpu
+from mell_kernels.cpu import Workspace
+from mell_kernels.metadata import AttentionMetadata
+
+
+def prepare(pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
+    """Compute once what all layers of a step share. Call it before the first layer."""
+    meta.plan = cpu.CpuPlan(pool, meta, workspace)
+
+
+def write_kv(
+    pool: torch.Tensor,
+    layer: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    meta: AttentionMetadata,
+) -> None:
+    """Store ``key`` and ``value``, both ``[T, num_kv_heads, head_dim]``, at ``slot_mapping``."""
+    cpu.write_kv(pool, layer, key, value, meta.plan)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of a ragged batch over its paged KV, this batch's own already written.
+
+    Args:
+        query: ``[T, num_heads, head_dim]``.
+        window: keys in reach of a query, itself included; None: all before it.
+        softcap: ``softcap * tanh(score / softcap)`` where given.
+        sinks: ``[num_heads]`` logits that join each head's softmax and carry no value.
+
+    Returns:
+        ``[T, num_heads, head_dim]``.
+    """
+    return cpu.paged_attention(
+        query, pool, layer, meta.plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+
+
+def gather_blocks(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """The bytes of whole blocks, one after the other: 1-D uint8, contiguous."""
+    return cpu.gather_blocks(pool, block_ids)
+
+
+def scatter_blocks(pool: torch.Tensor, block_ids: torch.Tensor, data: torch.Tensor) -> None:
+    """The inverse of ``gather_blocks``."""
+    cpu.scatter_blocks(pool, block_ids, data)

@@ -1,0 +1,185 @@
+"""Which models the engine runs, decided before the first request.
+
+A model that ignores the attention interface, or needs a mask the paged attention does not know,
+raises nothing: it answers with wrong tokens. So what is known to go wrong is refused by name, and
+everything else must reproduce the logits of a plain forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from mell_kernels import ops
+from transformers import PreTrainedModel
+
+from mell_ray.engine.batch import BatchBuilder
+from mell_ray.engine.kv_pool import KVPool, KVShape
+from mell_ray.engine.sequence import Sequence
+from mell_ray.engine.types import RequestState, SamplingParams
+from mell_ray.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from mell_ray.engine.model import LoadedModel
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+SUPPORTED = (
+    "supported are decoder models that use transformers' attention interface with full or "
+    "sliding-window attention and a fixed rotary embedding, e.g. Llama, Qwen2, Qwen3, Mistral, "
+    "Mixtral, Gemma, Gemma2, Gemma3 (text), Phi3 (4k), OLMo2, Granite, Cohere2, SmolLM3, "
+    "StarCoder2, GLM4, Qwen3-MoE, gpt-oss, GPT-NeoX, GPT-2, OPT"
+)
+# Logits of the self-check may differ by this share of their standard deviation.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+_CHECK_TOKENS = 30
+_CHUNK = 7
+
+
+def _refuse(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} ({model.config.model_type}) cannot run: {reason}; {SUPPORTED}",
+        param="model_source",
+    )
+
+
+def admit(model: PreTrainedModel) -> KVShape:
+    """Switch ``model`` to paged attention and return the shape of its KV.
+
+    Raises:
+        UnsupportedModelError: naming the reason.
+    """
+    from mell_ray.engine.model import ATTENTION_NAME
+
+    if not model._supports_attention_backend:
+        raise _refuse(model, "it has attention code of its own and ignores the interface")
+    config = model.config.get_text_config(decoder=True)
+    for layer_type in getattr(config, "layer_types", None) or ():
+        if layer_type not in LAYER_TYPES:
+            raise _refuse(model, f"it has layers of type {layer_type!r}")
+    for rope_type in _rope_types(config):
+        if rope_type not in ROPE_TYPES:
+            raise _refuse(
+                model,
+                f"its rope type {rope_type!r} depends on the longest sequence of the batch, so "
+                "that a neighbour's length would change an answer",
+            )
+    model.set_attn_implementation(ATTENTION_NAME)
+    if config._attn_implementation != ATTENTION_NAME:
+        raise _refuse(model, "it does not let its attention be replaced")
+    return _probe(model, config)
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """Rope types, whether the parameters are flat or stand once per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for entry in nested or [parameters]:
+        if "rope_type" in entry:
+            yield entry["rope_type"]
+
+
+class _ShapeProbe:
+    """Stands in for the paged KV in one forward and writes down each layer's K and V shapes."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        self.layers.append((layer, tuple(key.shape[1:]), tuple(value.shape[1:])))
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, config: Any) -> KVShape:
+    probe = _ShapeProbe()
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    model(input_ids=ids, position_ids=ids, use_cache=False, batch=probe)
+    expected = list(range(config.num_hidden_layers))
+    if [layer for layer, _, _ in probe.layers] != expected:
+        raise _refuse(model, "not every layer has attention with a KV of its own, once")
+    for layer, key, value in probe.layers:
+        if key != value:
+            raise _refuse(
+                model,
+                f"keys {key} and values {value} of layer {layer} have different shapes (MLA), "
+                "which the KV pool does not hold",
+            )
+        if key != probe.layers[0][1]:
+            raise _refuse(model, f"layer {layer} has KV {key}, layer 0 has {probe.layers[0][1]}")
+    kv_heads, head_dim = probe.layers[0][1]
+    return KVShape(config.num_hidden_layers, kv_heads, head_dim, model.dtype)
+
+
+@torch.inference_mode()
+def self_check(loaded: LoadedModel, block_size: int) -> None:
+    """Logits on paged KV, in chunks and beside a neighbour, against one plain forward.
+
+    Raises:
+        UnsupportedModelError: they differ by more than rounding.
+    """
+    count = min(_CHECK_TOKENS, loaded.max_model_len)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, loaded.vocab_size, count).tolist()
+    plain = _plain_logits(loaded, tokens)
+    paged = _paged_logits(loaded, tokens, block_size)
+    error = ((paged - plain).abs().max() / plain.std().clamp_min(1e-12)).item()
+    limit = _TOLERANCE[loaded.kv_shape.dtype]
+    if not error <= limit:
+        raise _refuse(
+            loaded.model,
+            f"its logits on paged KV differ from a plain forward by {error:.2g} of their standard "
+            f"deviation (limit {limit:g})",
+        )
+
+
+def _plain_logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
+    from mell_ray.engine.model import ATTENTION_NAME
+
+    loaded.model.set_attn_implementation("eager")
+    try:
+        ids = torch.tensor([tokens], device=loaded.device)
+        return loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        loaded.model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _paged_logits(loaded: LoadedModel, tokens: list[int], block_size: int) -> torch.Tensor:
+    """A neighbour three times as long stands in the batch before the sequence looked at."""
+    from mell_ray.engine.model import PagedKV
+
+    neighbour = (tokens * 3)[: loaded.max_model_len]
+    blocks = [-(-len(ids) // block_size) for ids in (neighbour, tokens)]
+    pool = KVPool(loaded.kv_shape, block_size, sum(blocks), loaded.device)
+    builder = BatchBuilder(2, max(blocks), block_size, loaded.device)
+    seqs = [_check_sequence(ids, block_size) for ids in (neighbour, tokens)]
+    seqs[0].row, seqs[0].blocks = 0, list(range(1, blocks[0] + 1))
+    seqs[1].row, seqs[1].blocks = 1, list(range(sum(blocks), blocks[0], -1))
+    rows = []
+    workspace = ops.Workspace()
+    while seqs[1].num_to_compute > 0:
+        limits = zip(seqs, (3 * _CHUNK, _CHUNK), strict=True)
+        chunks = [(s, min(s.num_to_compute, limit)) for s, limit in limits if s.num_to_compute > 0]
+        batch = builder.build(chunks)
+        ops.prepare(pool.tensor, batch.attention, workspace)
+        total = batch.input_ids.shape[1]
+        wanted = torch.arange(total - chunks[-1][1], total, device=loaded.device)
+        context = PagedKV(pool.tensor, batch.attention)
+        rows.append(loaded.forward(batch.input_ids, batch.position_ids, wanted, context))
+        for seq, chunk in chunks:
+            seq.num_computed += chunk
+    return torch.cat(rows)
+
+
+def _check_sequence(tokens: list[int], block_size: int) -> Sequence:
+    state = RequestState("self-check", tokens, SamplingParams(max_tokens=1))
+    return Sequence(state, block_size, 0, status="running")

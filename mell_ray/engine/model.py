@@ -1,0 +1,201 @@
+"""Any transformers model whose attention can be replaced, run on paged KV.
+
+The model is transformers' own, unmodified: it calls the attention function registered here, which
+finds the pool and the batch in its keyword arguments. Models for which that silently gives wrong
+tokens are refused by a gate at load (``gate.py``) and by comparing logits with a plain forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mell_kernels import ops
+from mell_kernels.metadata import AttentionMetadata
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from mell_ray.config import BUILTIN_SOURCE, EngineConfig
+from mell_ray.engine.kv_pool import KVShape
+from mell_ray.errors import ConfigError
+
+# No "flash" in the name: transformers takes any name that contains it for flash attention.
+ATTENTION_NAME = "mell_paged"
+BUILTIN_WEIGHTS = Path(__file__).resolve().parent.parent / "builtin" / "weights"
+
+
+class PagedKV:
+    """What attention needs in one forward: the pool and the batch's place in it."""
+
+    def __init__(self, pool: torch.Tensor, meta: AttentionMetadata) -> None:
+        self._pool = pool
+        self._meta = meta
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """query ``[T, Hq, D]``, key and value ``[T, Hk, D]``; returns ``[T, Hq, D]``."""
+        ops.write_kv(self._pool, layer, key, value, self._meta)
+        return ops.paged_attention(
+            query,
+            self._pool,
+            layer,
+            self._meta,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # always None: transformers makes none for our name
+    *,
+    batch: PagedKV,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
+    del attention_mask
+    output = batch.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model that passed the gate, and the facts of it that the engine needs."""
+
+    model: PreTrainedModel
+    name: str
+    device: torch.device
+    kv_shape: KVShape
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_rows: torch.Tensor,
+        batch: Any,
+    ) -> torch.Tensor:
+        """fp32 logits ``[len(logits_rows), vocab_size]`` of a ragged batch ``[1, T]``."""
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=logits_rows,
+            batch=batch,
+        )
+        return output.logits[0].float()
+
+
+def load_model(
+    source: str | PreTrainedModel, config: EngineConfig | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a model and make sure that it runs correctly on paged KV.
+
+    Args:
+        source: a Hugging Face id, a local directory, 'builtin', or a model already built.
+        config: dtype, revision, max_model_len and block_size are read from it.
+
+    Raises:
+        ConfigError: the source cannot be loaded, or a setting does not suit it.
+        UnsupportedModelError: the engine cannot run this model correctly; says why.
+    """
+    from mell_ray.engine import gate
+
+    config = config or EngineConfig()
+    target = torch.device(device)
+    model = (
+        source if isinstance(source, PreTrainedModel) else _from_pretrained(source, config, target)
+    )
+    model = model.to(target).eval().requires_grad_(False)
+    kv_shape = gate.admit(model)
+    name = source if isinstance(source, str) else model.config.model_type
+    text_config = model.config.get_text_config(decoder=True)
+    loaded = LoadedModel(
+        model=model,
+        name=name,
+        device=target,
+        kv_shape=kv_shape,
+        vocab_size=int(text_config.vocab_size),
+        max_model_len=_max_model_len(text_config, config),
+        eos_token_ids=_eos_token_ids(model),
+    )
+    gate.self_check(loaded, config.block_size)
+    return loaded
+
+
+def _from_pretrained(source: str, config: EngineConfig, device: torch.device) -> PreTrainedModel:
+    path: str | Path = BUILTIN_WEIGHTS if source == BUILTIN_SOURCE else source
+    dtype = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"cannot load the model {source!r}: {error}; model_source must be a Hugging Face id, "
+            "a directory with config.json and weights, or 'builtin'",
+            param="model_source",
+        ) from error
+
+
+def _max_model_len(text_config: Any, config: EngineConfig) -> int:
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if config.max_model_len is None:
+        if limit is None:
+            raise ConfigError(
+                "the model's config names no max_position_embeddings; set max_model_len",
+                param="max_model_len",
+            )
+        return int(limit)
+    if limit is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len ({config.max_model_len}) exceeds the model's {limit} positions",
+            param="max_model_len",
+        )
+    return config.max_model_len
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Of the generation config, which knows chat models' several end tokens, else of the model."""
+    generation = getattr(model, "generation_config", None)
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
