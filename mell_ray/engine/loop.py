@@ -36,7 +36,7 @@ class EngineLoop:
         self,
         engine: Engine,
         on_step: Callable[[StepOutput], None],
-        on_fatal: Callable[[BaseException], None],
+        on_fatal: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._on_step = on_step
@@ -75,11 +75,11 @@ class EngineLoop:
             while self._serve_calls():
                 if self._engine.has_work():
                     self._on_step(self._engine.step())
-        except BaseException as error:
+        except BaseException:
             logger.exception("the engine failed; this replica cannot go on")
             with self._wake:
                 self._stopping = True
-            self._on_fatal(error)
+            self._on_fatal()
         finally:
             self._fail_waiting_calls()
 

@@ -122,7 +122,7 @@ async def migrate(
         outcome = "committed"
     except (MellError, PeerDied, TimeoutError) as error:
         detail = f"{type(error).__name__}: {error}"
-        outcome = await _undo(order, source, target, progress, limits)
+        outcome = await _undo(order, source, target, limits)
     return MigrationResult(
         order=order,
         outcome=outcome,
@@ -247,7 +247,6 @@ async def _undo(
     order: MigrationOrder,
     source: Source,
     target: Target,
-    progress: _Progress,
     limits: DriverLimits,
 ) -> Outcome:
     """Ask the target how the migration ended, for good, and bring the source in line."""

@@ -14,7 +14,7 @@ Settlement = Literal["committed", "aborted"]
 
 @dataclass(frozen=True, slots=True)
 class MigrationOrder:
-    """One migration, as the Router hands it to the Migrator. ``src`` and ``dst`` are replica ids."""
+    """One migration, as the Router orders it. ``src`` and ``dst`` are replica ids."""
 
     migration_id: str
     request_id: str

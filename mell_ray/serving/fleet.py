@@ -52,9 +52,7 @@ class Replica:
 class Fleet:
     """Creates, re-attaches and kills replica actors. Holds no policy."""
 
-    def __init__(
-        self, llms: dict[str, LLMConfig], settings: MellSettings, namespace: str
-    ) -> None:
+    def __init__(self, llms: dict[str, LLMConfig], settings: MellSettings, namespace: str) -> None:
         self._llms = llms
         self._settings = settings
         self.namespace = namespace

@@ -198,9 +198,7 @@ class Ingress:
             return JSONResponse(answer, headers=headers)
         return await self._sse(request, prepared, headers)
 
-    async def _sse(
-        self, request: Request, prepared: Prepared, headers: dict[str, str]
-    ) -> Response:
+    async def _sse(self, request: Request, prepared: Prepared, headers: dict[str, str]) -> Response:
         """A stream whose first chunk is there already: what fails before it gets its status."""
         chunks = self._service.stream(prepared)
         first = await _unless_disconnected(request, anext(chunks))
@@ -240,9 +238,7 @@ def _refuse_unknown(body: dict[str, Any], known: set[str]) -> None:
             raise InvalidRequestError(f"'{name}': unknown field; remove it", param=name)
 
 
-async def _guarded(
-    first: bytes, chunks: AsyncGenerator[bytes, None]
-) -> AsyncIterator[bytes]:
+async def _guarded(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     """After the headers an error can only be told inside the stream."""
     async with aclosing(chunks):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,7 +119,5 @@ class ReplicaLinks:
 
 
 async def _ignore_death(call: Any) -> None:
-    try:
+    with contextlib.suppress(RayActorError):  # its stream reports the death
         await call
-    except RayActorError:
-        pass  # its stream reports the death

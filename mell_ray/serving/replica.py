@@ -115,7 +115,7 @@ class GPUReplica:
         for ingress, deltas in per_ingress.items():
             self._outbox(ingress).put(deltas)
 
-    def _on_fatal(self, error: BaseException) -> None:
+    def _on_fatal(self) -> None:
         # Ray tells everybody at once that the actor died; each stream is then continued elsewhere.
         logging.shutdown()
         os._exit(1)
@@ -328,9 +328,7 @@ class GPUReplica:
 
     @_control
     async def mig_receive(self, migration_id: str, first_block: int, payload: np.ndarray) -> None:
-        await self.in_engine(
-            lambda e: self._target.receive(e, migration_id, first_block, payload)
-        )
+        await self.in_engine(lambda e: self._target.receive(e, migration_id, first_block, payload))
 
     @_control
     async def mig_extend(self, migration_id: str, tail: TokenTail) -> None:
@@ -383,7 +381,7 @@ class GPUReplica:
         return bool(self._ingress_of)
 
     def overdue(self, freeze_s: float) -> list[MigrationOrder]:
-        return self._loop.call(lambda e: self._source.overdue(freeze_s)).result()
+        return self._loop.call(lambda _: self._source.overdue(freeze_s)).result()
 
     def conclude(self, order: MigrationOrder, settlement: Settlement) -> None:
         """Act on the target's answer about a migration that its driver has left frozen."""
@@ -392,4 +390,3 @@ class GPUReplica:
             self._loop.call(lambda e: self.release_moved(e, migration_id)).result()
         else:
             self._loop.call(lambda e: self._source.thaw(e, migration_id)).result()
-

@@ -300,9 +300,7 @@ class Router:
                 )
             )
         else:
-            self._handle(
-                MigrationFailed(order.request_id, order.src, order.dst, result.detail)
-            )
+            self._handle(MigrationFailed(order.request_id, order.src, order.dst, result.detail))
 
     # --- fleet -----------------------------------------------------------------------------
 
@@ -456,9 +454,7 @@ class Router:
         """Every replica and request, as the replicas see them now."""
         polled = [r for r in self._fleet.replicas.values() if r.info is not None]
         await asyncio.gather(*(self._poll_once(replica, 0.0) for replica in polled))
-        return state_snapshot(
-            self._fleet.replicas.values(), self._scheduler.gpus(), self._books.values()
-        )
+        return state_snapshot(self._fleet.replicas.values(), self._waiting)
 
     async def limits(self, model_id: str) -> tuple[int, int] | None:
         """(context length, pool capacity) in tokens of the model's largest replica, if any."""

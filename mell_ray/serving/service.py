@@ -268,9 +268,7 @@ class Service:
             )
         return model
 
-    async def generate(
-        self, prepared: Prepared
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def generate(self, prepared: Prepared) -> AsyncGenerator[dict[str, Any], None]:
         """Plain events for Python callers: text and tokens of choice 0 as they come."""
         async with aclosing(self.events(prepared)) as events:
             async for event in events:

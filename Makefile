@@ -1,0 +1,43 @@
+# The two commands of the README: `make serve` and `make test`. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONFIG ?=
+
+.PHONY: serve test lint types check clean
+
+serve: $(VENV)/.served
+	$(BIN)/mell-ray serve $(CONFIG)
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+	@echo
+	@echo "All passed. Next: 'make serve' serves the built-in model at http://127.0.0.1:8000/v1."
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.tested
+	$(BIN)/mypy
+
+check: lint types test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "mell-ray needs Python 3.11 or newer; $(PYTHON) is" `$(PYTHON) --version`; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.served: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing mell-ray into $(VENV); the first time takes minutes."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing mell-ray and its test tools into $(VENV); the first time takes minutes."
+	$(PIP) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

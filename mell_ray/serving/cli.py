@@ -1,0 +1,228 @@
+"""``mell-ray serve``, ``status`` and ``evacuate``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from mell_ray.errors import ConfigError, MellError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+POLL_S = 0.5
+
+UrlOption = Annotated[str, typer.Option(help="Address of the server.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(serve)
+    app.command()(status)
+    app.command()(evacuate)
+
+
+def serve(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Serve config file. Default: the built-in model on CPU."),
+    ] = None,
+    haproxy: Annotated[
+        bool, typer.Option(help="Use Ray Serve's HAProxy mode, which costs a quarter per token.")
+    ] = True,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use. Default: start one on this machine.")
+    ] = None,
+) -> None:
+    """Serve the models of a config file and say how to use them. Ctrl-C stops everything."""
+    path = config or Path(str(resources.files("mell_ray").joinpath("builtin/local.yaml")))
+    settings = _read_config(path)
+    command = [_script("serve"), "run", str(path)]
+    if address is not None:
+        command += ["--address", address]
+    with tempfile.TemporaryDirectory(prefix="mell-") as scratch:
+        child = subprocess.Popen(command, env=_environment(settings, haproxy, scratch))
+        try:
+            _announce(child, settings)
+            code = child.wait()
+        except KeyboardInterrupt:
+            code = _stop(child)
+    raise typer.Exit(code)
+
+
+def status(
+    url: UrlOption = DEFAULT_URL,
+    once: Annotated[bool, typer.Option(help="Print the table once instead of live.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the state as JSON.")] = False,
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Refresh period.")] = 0.5,
+) -> None:
+    """Live table of replicas and requests."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from mell_ray.serving.status_table import render
+
+    if as_json:
+        typer.echo(json.dumps(_call(url, "/mell/v1/state"), indent=2))
+        return
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(render(_call(url, "/mell/v1/state")))
+        return
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+        try:
+            while True:
+                live.update(render(_call(url, "/mell/v1/state")), refresh=True)
+                time.sleep(interval_s)
+        except KeyboardInterrupt:
+            return
+
+
+def evacuate(
+    replica: Annotated[str, typer.Argument(help="Replica id, as `mell-ray status` shows it.")],
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """Empty a replica by migrating its requests, then release it."""
+    answer = _call(url, f"/mell/v1/replicas/{replica}/evacuate", method="POST")
+    typer.echo(f"{answer['id']}: {answer['state']}, {answer['running']} requests to move")
+
+
+# --- helpers -------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Parse and check a Serve config as far as it is ours, before anything starts."""
+    from mell_ray.config import MellConfig
+
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("applications"), list):
+        raise ConfigError(f"{path}: applications: a Serve config needs a list of applications")
+    for application in settings["applications"]:
+        if str(application.get("import_path", "")).startswith("mell_ray."):
+            MellConfig.parse(application.get("args") or {})
+    return settings
+
+
+def _environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[str, str]:
+    """Ray reads these when it starts; what the user has set stays."""
+    wanted = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_OVERRIDE_RESOURCES": json.dumps({"mell_cpu": _cpu_slots(settings)}),
+    }
+    if haproxy:
+        wanted |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{scratch}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{scratch}/admin.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{scratch}/server-state",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{scratch}/metrics.sock",
+        }
+    return {**wanted, **os.environ}
+
+
+def _cpu_slots(settings: dict[str, Any]) -> int:
+    """One slot for each CPU replica that the config may open."""
+    slots = 0
+    for application in settings["applications"]:
+        for llm in (application.get("args") or {}).get("llm_configs", []):
+            scaling = (llm.get("deployment_config") or {}).get("autoscaling_config") or {}
+            slots += int(scaling.get("max_replicas", 1))
+    return slots
+
+
+def _script(name: str) -> str:
+    """A console script of this environment, whether or not it is on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def _announce(child: subprocess.Popen[bytes], settings: dict[str, Any]) -> None:
+    """Wait until the server answers, then print what to do next."""
+    http = settings.get("http_options") or {}
+    host = str(http.get("host", "127.0.0.1"))
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
+    while child.poll() is None:
+        try:
+            models = _call(url, "/v1/models")["data"]
+        except MellError:
+            time.sleep(POLL_S)
+            continue
+        typer.echo(_next_steps(url, models[0]["id"]))
+        return
+
+
+def _next_steps(url: str, model: str) -> str:
+    body = json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "Tell me of Emma."}]}
+    )
+    return f"""
+mell-ray serves {model} at {url}/v1. Try it in another terminal:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{body}'
+
+or with the openai package:
+
+  python - <<'EOF'
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  stream = client.chat.completions.create(
+      model="{model}", stream=True,
+      messages=[{{"role": "user", "content": "Tell me of Emma."}}],
+  )
+  for chunk in stream:
+      print(chunk.choices[0].delta.content or "", end="", flush=True)
+  EOF
+
+`mell-ray status` shows replicas and requests live. Ctrl-C stops the server.
+"""
+
+
+def _stop(child: subprocess.Popen[bytes]) -> int:
+    """Ctrl-C reached the child as well; give it time to shut Ray down."""
+    try:
+        return child.wait(timeout=60)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.send_signal(signal.SIGTERM)
+        return child.wait()
+
+
+def _call(url: str, path: str, method: str = "GET") -> Any:
+    """One operator call.
+
+    Raises:
+        MellError: nobody answers, or the server's own message.
+    """
+    request = urllib.request.Request(url.rstrip("/") + path, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"HTTP {error.code}"
+        raise MellError(f"{url}{path}: {message}") from None
+    except (OSError, ValueError) as error:
+        raise MellError(f"no mell-ray server answers at {url} ({error})") from None

@@ -1,0 +1,201 @@
+"""Two engines in one process, joined by the same protocol as two replicas, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mell_ray.config import EngineConfig
+from mell_ray.engine import Engine, load_model
+from mell_ray.engine.loop import EngineLoop
+from mell_ray.engine.types import RequestState, SamplingParams, StepOutput
+from mell_ray.migration.driver import PeerDied
+from mell_ray.migration.source import MigrationSource
+from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.types import Frozen
+from mell_ray.serving.track import Track
+from mell_ray.serving.wire import encode_delta
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def request(
+    request_id: str, prompt: list[int], max_tokens: int, temperature: float = 0.0
+) -> RequestState:
+    return RequestState(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=11, ignore_eos=True
+        ),
+        generation=1,
+        ingress_id="test",
+    )
+
+
+@dataclass
+class Faults:
+    """What goes wrong on purpose: called with the name of each message to the target."""
+
+    before: Callable[[str], None] = lambda _: None
+    after: Callable[[str], None] = lambda _: None
+
+
+@dataclass
+class Node:
+    """One replica: an engine in its thread and the protocol's two halves."""
+
+    name: str
+    tracks: dict[str, Track]
+    config: EngineConfig = field(default_factory=EngineConfig)
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        model = load_model(tiny_llama(), self.config)
+        self.engine = Engine(model, self.config)
+        self.loop = EngineLoop(self.engine, self._on_step, lambda: None)
+        self.source = MigrationSource(self.timeout_s)
+        self.target = MigrationTarget(self.timeout_s)
+        self.loop.start()
+
+    def _on_step(self, output: StepOutput) -> None:
+        for delta in output.deltas:
+            self.tracks[delta.request_id].accept(self.name, encode_delta(delta))
+
+    async def call(self, function):
+        return await asyncio.wrap_future(self.loop.call(function))
+
+    async def submit(self, state: RequestState) -> None:
+        self.tracks[state.request_id] = Track(state.request_id, self.name, state.generation)
+        await self.call(lambda e: e.add(state))
+
+    def stop(self) -> None:
+        self.loop.stop()
+
+
+class SourceEnd:
+    """The driver's view of a node as a source."""
+
+    def __init__(self, node: Node, faults: Faults | None = None) -> None:
+        self._node = node
+        self._faults = faults or Faults()
+
+    async def begin(self, order):
+        return await self._node.call(lambda e: self._node.source.begin(e, order))
+
+    def stage(self, migration_id, first_block, max_blocks):
+        both = asyncio.ensure_future(
+            self._node.call(
+                lambda e: self._node.source.stage(e, migration_id, first_block, max_blocks)
+            )
+        )
+        return _part(both, 0), _part(both, 1)
+
+    async def tokens(self, migration_id, start):
+        return await self._node.call(lambda e: self._node.source.tokens(e, migration_id, start))
+
+    def freeze(self, migration_id, first_block):
+        async def act():
+            self._faults.before("freeze")
+            result = await self._node.call(
+                lambda e: self._node.source.freeze(e, migration_id, first_block)
+            )
+            self._faults.after("freeze")
+            return result
+
+        both = asyncio.ensure_future(act())
+        return _part(both, 0), _part(both, 0), _part(both, 1)
+
+    async def thaw(self, migration_id):
+        await self._node.call(lambda e: self._node.source.thaw(e, migration_id))
+
+    async def release(self, migration_id):
+        order = await self._node.call(lambda e: self._node.source.release(e, migration_id))
+        if order is not None:
+            self._node.tracks[order.request_id].follow(order.src, order.dst)
+
+
+class TargetEnd:
+    """The driver's view of a node as a target; payloads arrive as futures, as with Ray."""
+
+    def __init__(self, node: Node, faults: Faults | None = None) -> None:
+        self._node = node
+        self._faults = faults or Faults()
+
+    async def _do(self, name, function):
+        self._faults.before(name)
+        result = await self._node.call(function)
+        self._faults.after(name)
+        return result
+
+    async def reserve(self, order, state):
+        return await self._do("reserve", lambda e: self._node.target.reserve(e, order, state))
+
+    async def receive(self, migration_id, first_block, payload):
+        data: np.ndarray = await payload
+        await self._do(
+            "receive", lambda e: self._node.target.receive(e, migration_id, first_block, data)
+        )
+
+    async def extend(self, migration_id, tail):
+        await self._do("extend", lambda e: self._node.target.extend(e, migration_id, tail))
+
+    async def wait_progress(self, migration_id, num_tokens):
+        while True:
+            have = await self._do("progress", lambda e: self._node.target.progress(e, migration_id))
+            if have >= num_tokens - 1:
+                return have
+            await asyncio.sleep(0.001)
+
+    async def commit(self, migration_id, frozen, payload):
+        state: Frozen = await frozen
+        data: np.ndarray = await payload
+        return await self._do(
+            "commit", lambda e: self._node.target.commit(e, migration_id, state, data)
+        )
+
+    async def settle(self, migration_id):
+        return await self._do("settle", lambda e: self._node.target.settle(e, migration_id))
+
+
+class DeadEnd(TargetEnd):
+    """A target that dies when it gets the message ``at``; nothing sent later arrives."""
+
+    def __init__(self, node: Node, at: str) -> None:
+        super().__init__(node)
+        self._at = at
+        self._dead = False
+
+    async def _do(self, name, function):
+        if name == self._at:
+            self._dead = True
+        if self._dead:
+            raise PeerDied("the target was killed")
+        return await super()._do(name, function)
+
+
+def _part(future, index):
+    async def get():
+        return (await asyncio.shield(future))[index]
+
+    return asyncio.ensure_future(get())

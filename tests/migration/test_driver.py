@@ -1,0 +1,242 @@
+"""One migration at a time between two engines: the same tokens, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import pytest
+
+from mell_ray.config import EngineConfig
+from mell_ray.engine import Engine, load_model
+from mell_ray.migration.driver import DriverLimits, migrate
+from mell_ray.migration.types import MigrationOrder
+from tests.migration.inprocess import (
+    DeadEnd,
+    Faults,
+    Node,
+    SourceEnd,
+    TargetEnd,
+    request,
+    tiny_llama,
+)
+
+PROMPT = [3 + i % 97 for i in range(70)]
+LENGTH = 400
+
+
+def undisturbed(temperature: float) -> list[int]:
+    config = EngineConfig()
+    engine = Engine(load_model(tiny_llama(), config), config)
+    engine.add(request("r", PROMPT, LENGTH, temperature))
+    tokens: list[int] = []
+    while engine.has_work():
+        for delta in engine.step().deltas:
+            tokens += delta.token_ids
+    return tokens
+
+
+@pytest.fixture(scope="module", params=[0.0, 1.0], ids=["greedy", "seeded"])
+def expected(request: pytest.FixtureRequest) -> tuple[float, list[int]]:
+    return request.param, undisturbed(request.param)
+
+
+@pytest.fixture
+def pair():
+    tracks: dict = {}
+    nodes = Node("a", tracks), Node("b", tracks)
+    yield nodes
+    for node in nodes:
+        node.stop()
+
+
+def order(src: str, dst: str, mode: str) -> MigrationOrder:
+    return MigrationOrder(uuid.uuid4().hex, "r", src, dst, mode, "test")
+
+
+async def move(source, target, which: MigrationOrder, timeout_s: float = 20.0, **limits):
+    return await migrate(
+        which,
+        source,
+        target,
+        block_size=16,
+        block_nbytes=source._node.engine.block_nbytes,
+        limits=DriverLimits(timeout_s=timeout_s, **limits),
+    )
+
+
+async def until(condition, message: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, message
+        await asyncio.sleep(0.002)
+
+
+async def finish(nodes: tuple[Node, Node]) -> list[int]:
+    """Wait for the end; both pools must then be empty and all books agree."""
+    track = nodes[0].tracks["r"]
+    await until(lambda: track.finished, "the request did not finish")
+    for node in nodes:
+        await node.call(lambda e: e.check())
+        stats = await node.call(lambda e: e.stats())
+        assert (stats.used_blocks, stats.running, stats.waiting) == (0, 0, 0)
+    assert track.violations == 0
+    return track.token_ids
+
+
+@pytest.mark.parametrize("modes", [("kv",), ("token",), ("kv", "token", "kv", "token", "kv")])
+async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> None:
+    temperature, tokens = expected
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track, nodes = pair[0].tracks["r"], pair
+    for i, mode in enumerate(modes):
+        at = 40 * (i + 1)
+        await until(lambda at=at: len(track.token_ids) >= at, "no progress")
+        src, dst = nodes[i % 2], nodes[(i + 1) % 2]
+        result = await move(SourceEnd(src), TargetEnd(dst), order(src.name, dst.name, mode))
+        assert result.outcome == "committed", result.detail
+        assert result.generation == i + 2
+    assert await finish(pair) == tokens
+
+
+async def test_kv_mode_sends_each_block_once_and_in_chunks(pair) -> None:
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 100, "no progress")
+    nbytes = pair[0].engine.block_nbytes
+    result = await move(
+        SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", "kv"), chunk_bytes=2 * nbytes
+    )
+    assert result.outcome == "committed"
+    # Every block once; the partial last one may be sent by the freeze only.
+    assert result.bytes == -(-(result.tokens - 1) // 16) * nbytes
+    await finish(pair)
+
+
+async def test_prefix_cached_at_the_target_is_not_sent(pair) -> None:
+    await pair[1].submit(request("other", PROMPT, 1))
+    await until(lambda: pair[1].tracks["other"].finished, "no progress")
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 20, "no progress")
+    result = await move(SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", "kv"))
+    assert result.cached_tokens == 64
+    assert result.bytes == (-(-(result.tokens - 1) // 16) - 4) * pair[0].engine.block_nbytes
+    await finish(pair)
+
+
+@pytest.mark.parametrize("at", ["reserve", "receive", "commit"])
+async def test_target_dies_and_the_source_goes_on(pair, expected, at) -> None:
+    temperature, tokens = expected
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    result = await move(SourceEnd(pair[0]), DeadEnd(pair[1], at), order("a", "b", "kv"))
+    assert result.outcome == "aborted"
+    await until(lambda: track.finished, "the request did not finish")
+    assert track.token_ids == tokens
+
+
+async def test_lost_commit_answer_is_settled_not_guessed(pair, expected) -> None:
+    """The target commits, its answer never arrives: the request must run on the target only."""
+    temperature, tokens = expected
+
+    def lose(name: str) -> None:
+        if name == "commit":
+            raise TimeoutError("answer lost")
+
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    target = TargetEnd(pair[1], Faults(after=lose))
+    result = await move(SourceEnd(pair[0]), target, order("a", "b", "kv"))
+    assert result.outcome == "committed"
+    assert await pair[0].call(lambda e: e.generation_of("r")) is None
+    assert await finish(pair) == tokens
+
+
+async def test_commit_that_never_arrives_is_refused_afterwards(pair, expected) -> None:
+    temperature, tokens = expected
+
+    def lose(name: str) -> None:
+        if name == "commit":
+            raise TimeoutError("message lost")
+
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    which = order("a", "b", "kv")
+    target = TargetEnd(pair[1], Faults(before=lose))
+    result = await move(SourceEnd(pair[0]), target, which)
+    assert result.outcome == "aborted"
+    assert await pair[1].call(lambda e: pair[1].target.settle(e, which.migration_id)) == "aborted"
+    assert await finish(pair) == tokens
+
+
+async def test_full_target_declines(expected) -> None:
+    temperature, tokens = expected
+    tracks: dict = {}
+    small = EngineConfig(num_gpu_blocks_override=40)
+    nodes = Node("a", tracks), Node("b", tracks, small)
+    try:
+        await nodes[1].submit(request("hog", PROMPT, 500))
+        await until(lambda: len(tracks["hog"].token_ids) >= 400, "no progress")
+        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature))
+        await until(lambda: len(tracks["r"].token_ids) >= 150, "no progress")
+        result = await move(SourceEnd(nodes[0]), TargetEnd(nodes[1]), order("a", "b", "kv"))
+        assert result.outcome in ("aborted", "committed")
+        await until(lambda: tracks["hog"].finished, "no progress")
+        assert await finish(nodes) == tokens
+    finally:
+        for node in nodes:
+            node.stop()
+
+
+async def test_request_that_ends_while_it_moves(pair) -> None:
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+
+    def abort(name: str) -> None:
+        if name == "reserve":
+            pair[0].loop.call(lambda e: e.abort("r")).result()
+
+    result = await move(
+        SourceEnd(pair[0]), TargetEnd(pair[1], Faults(after=abort)), order("a", "b", "kv")
+    )
+    assert result.outcome != "committed"
+    for node in pair:
+        stats = await node.call(lambda e: e.stats())
+        assert stats.used_blocks == 0
+
+
+async def test_second_migration_of_the_same_request_is_refused(pair) -> None:
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    await SourceEnd(pair[0]).begin(order("a", "b", "kv"))
+    result = await move(SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", "token"))
+    assert result.outcome != "committed"
+    assert "already being migrated" in result.detail
+    await finish(pair)
+
+
+async def test_silent_driver_leaves_nothing_behind() -> None:
+    tracks: dict = {}
+    nodes = Node("a", tracks, timeout_s=0.05), Node("b", tracks, timeout_s=0.05)
+    try:
+        await nodes[0].submit(request("r", PROMPT, LENGTH))
+        await until(lambda: len(tracks["r"].token_ids) >= 30, "no progress")
+        which = order("a", "b", "kv")
+        state = await SourceEnd(nodes[0]).begin(which)
+        await TargetEnd(nodes[1]).reserve(which, state)
+        await asyncio.sleep(0.1)
+        assert await nodes[1].call(lambda e: nodes[1].target.expire(e)) == 1
+        await nodes[0].call(lambda _: nodes[0].source.expire())
+        again = await move(SourceEnd(nodes[0]), TargetEnd(nodes[1]), order("a", "b", "kv"))
+        assert again.outcome == "committed"
+        await finish(nodes)
+    finally:
+        for node in nodes:
+            node.stop()
