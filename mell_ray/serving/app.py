@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import DeploymentActorConfig
 
 from mell_ray.config import MellConfig
 from mell_ray.serving.checks import check_config
-from mell_ray.serving.ingress import Ingress
+from mell_ray.serving.ingress import HttpIngress
 from mell_ray.serving.migrator import Migrator
 from mell_ray.serving.router import MIGRATOR, Router
 
@@ -41,14 +42,14 @@ def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
         deployment_actors=[
             DeploymentActorConfig(
                 name=MIGRATOR,
-                actor_class=Migrator,
+                actor_class=ray.remote(Migrator),
                 init_kwargs={"settings": config.mell.model_dump()},
                 actor_options={"num_cpus": 0},
             )
         ],
     )
     ingress = serve.deployment(
-        Ingress,
+        HttpIngress,
         name="Ingress",
         num_replicas=config.mell.ingress.num_replicas,
         max_ongoing_requests=config.mell.ingress.max_ongoing_requests,

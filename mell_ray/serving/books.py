@@ -27,6 +27,7 @@ class Entry:
     max_blocks: int
     priority: int
     arrival_s: float  # wall clock
+    ingress_id: str  # who asked for it; "" if only a replica has told of it
     generation: int
     replica_id: str | None = None  # None: queued, or its replica is lost
     since: float = 0.0  # monotonic, when replica_id was last changed
@@ -134,6 +135,7 @@ class RequestBook:
                 max_blocks=self.blocks(info.num_tokens),
                 priority=info.priority,
                 arrival_s=0.0,
+                ingress_id="",
                 generation=info.generation,
             )
             self.add(entry)

@@ -30,6 +30,8 @@ INGRESS_TIMEOUT_S = 10.0
 CONTROL_CONCURRENCY = 128
 DATA_CONCURRENCY = 10_000
 
+_ACTOR_CLASS = ray.remote(concurrency_groups={CONTROL_GROUP: CONTROL_CONCURRENCY})(GPUReplica)
+
 
 def replica_namespace(settings: MellSettings, app_name: str) -> str:
     """The Ray namespace of an application's replicas."""
@@ -78,22 +80,17 @@ class Fleet:
             log_level=self._settings.log_level,
         )
         threads = str(llm.engine_kwargs.num_threads)
-        actor = (
-            ray.remote(GPUReplica)
-            .options(
-                name=replica_id,
-                namespace=self.namespace,
-                lifetime="detached",
-                max_restarts=0,
-                max_task_retries=0,
-                num_cpus=0,
-                max_concurrency=DATA_CONCURRENCY,
-                concurrency_groups={CONTROL_GROUP: CONTROL_CONCURRENCY},
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-                **resources,
-            )
-            .remote(spec)
-        )
+        actor = _ACTOR_CLASS.options(
+            name=replica_id,
+            namespace=self.namespace,
+            lifetime="detached",
+            max_restarts=0,
+            max_task_retries=0,
+            num_cpus=0,
+            max_concurrency=DATA_CONCURRENCY,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+            **resources,
+        ).remote(spec)
         replica = Replica(replica_id, model_id, actor)
         self.replicas[replica_id] = replica
         logger.info("replica %s requested on %s", replica_id, device)

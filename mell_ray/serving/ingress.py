@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -31,6 +32,7 @@ from mell_ray.serving.service import Prepared, ServedModel, Service
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 DISCONNECTED = 499  # nginx's status for a client that went away; nobody sees it
 
 app = FastAPI(title="mell-ray", docs_url="/docs", redoc_url=None)
@@ -72,7 +74,6 @@ class _PoolLimits:
         check_fits(job, limits)
 
 
-@serve.ingress(app)
 class Ingress:
     """See the module. Python callers use ``chat``, ``completions`` and ``generate``."""
 
@@ -189,16 +190,17 @@ class Ingress:
     # --- HTTP ------------------------------------------------------------------------------
 
     async def _http(self, request: Request, *, chat: bool) -> Response:
-        prepared = await self._service.prepare(await _json_body(request), chat=chat)
-        headers = {"x-request-id": prepared.request_id}
+        prepared = await self._service.prepare(
+            await _json_body(request), chat=chat, request_id=_request_id(request)
+        )
         if not prepared.request.stream:
             answer = await _unless_disconnected(request, self._service.respond(prepared))
             if answer is None:
                 return Response(status_code=DISCONNECTED)
-            return JSONResponse(answer, headers=headers)
-        return await self._sse(request, prepared, headers)
+            return JSONResponse(answer)
+        return await self._sse(request, prepared)
 
-    async def _sse(self, request: Request, prepared: Prepared, headers: dict[str, str]) -> Response:
+    async def _sse(self, request: Request, prepared: Prepared) -> Response:
         """A stream whose first chunk is there already: what fails before it gets its status."""
         chunks = self._service.stream(prepared)
         first = await _unless_disconnected(request, anext(chunks))
@@ -208,12 +210,24 @@ class Ingress:
         return StreamingResponse(
             _guarded(first, chunks),
             media_type="text/event-stream",
-            headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
 
 def _served_model(llm: LLMConfig) -> ServedModel:
     return ServedModel(llm.model_id, load_tokenizer(llm), context_length(llm), int(time.time()))
+
+
+def _request_id(request: Request) -> str:
+    """Serve gives each request an ``x-request-id``, the client's own if it sent one, and answers
+    with it."""
+    request_id = request.headers.get("x-request-id", "")
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError(
+            "'x-request-id': must be 1 to 128 letters, digits, or any of . _ : -",
+            param="x-request-id",
+        )
+    return request_id
 
 
 async def _json_body(request: Request) -> Any:
@@ -283,3 +297,7 @@ async def _as_coroutine(work: Any) -> Any:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+# Wrapped here, at the end: Serve copies the app, and with it what its routes refer to, at once.
+HttpIngress = serve.ingress(app)(Ingress)

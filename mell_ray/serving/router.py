@@ -105,6 +105,8 @@ class Router:
         entry = self._books[request.model_id].get(request.request_id)
         if entry is None:
             return await self._arrive(request)
+        if entry.ingress_id not in ("", request.ingress_id):
+            raise ConflictError(f"request {request.request_id} is running already; use another id")
         if entry.replica_id is None and not entry.lost:
             return await self._wait(request.request_id)  # queued: a repeated call, or evicted
         if (
@@ -134,6 +136,7 @@ class Router:
                 max_blocks=max_blocks,
                 priority=request.priority,
                 arrival_s=request.arrival_s or time.time(),
+                ingress_id=request.ingress_id,
                 generation=request.generation,
             )
         )
@@ -471,6 +474,7 @@ class Router:
             NotFoundError: no such request or replica.
             ConflictError: it cannot be moved now; the message says why.
         """
+        request_id = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
         entry = self._book_of(request_id)
         if entry is None or entry.replica_id is None:
             raise NotFoundError(f"request {request_id!r} is not running", param="id")

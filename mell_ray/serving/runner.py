@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ray.exceptions import RayActorError, RayTaskError
 
 from mell_ray.engine.types import RequestState, SamplingParams
-from mell_ray.errors import FencedError, InvalidRequestError, ServerError
+from mell_ray.errors import ConflictError, FencedError, InvalidRequestError, ServerError
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
@@ -65,6 +65,8 @@ class Runner:
         Raises:
             MellError: the request is refused or failed for good.
         """
+        if job.request_id in self._live:
+            raise ConflictError(f"request {job.request_id} is running already; use another id")
         track = Track(job.request_id, replica_id="", generation=0)
         live = Live(track, asyncio.Queue())
         self._live[job.request_id] = live
@@ -97,6 +99,7 @@ class Runner:
             lease = await self._router.place(
                 PlaceRequest(
                     request_id=job.request_id,
+                    ingress_id=self._ingress_id,
                     model_id=job.model_id,
                     num_tokens=len(job.prompt_token_ids) + len(track.token_ids),
                     max_total_tokens=len(job.prompt_token_ids) + job.sampling.max_tokens,

@@ -88,6 +88,12 @@ class Prepared:
     jobs: Sequence[Job]
 
     @property
+    def response_id(self) -> str:
+        """The ``id`` of the response body, with OpenAI's prefix."""
+        prefix = "chatcmpl" if isinstance(self.request, ChatCompletionRequest) else "cmpl"
+        return f"{prefix}-{self.request_id}"
+
+    @property
     def prompt_tokens(self) -> int:
         return count_prompt_tokens(self.generations)
 
@@ -114,8 +120,8 @@ class Service:
         model = self._model(name)
         return model_card(model.model_id, model.created, model.max_model_len)
 
-    async def prepare(self, body: Any, *, chat: bool) -> Prepared:
-        """Validate a request body and tokenise it.
+    async def prepare(self, body: Any, *, chat: bool, request_id: str | None = None) -> Prepared:
+        """Validate a request body and tokenise it. Without ``request_id`` it gets a new one.
 
         Raises:
             InvalidRequestError: names the field.
@@ -133,7 +139,7 @@ class Service:
         else:
             assert isinstance(request, CompletionRequest)
             generations = plan_completion(request, model.tokenizer, **limits)
-        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        request_id = request_id or uuid.uuid4().hex
         jobs = [
             Job(
                 request_id=choice_request_id(request_id, i, len(generations)),
@@ -165,7 +171,7 @@ class Service:
             else completion_response
         )
         return build(
-            prepared.request_id,
+            prepared.response_id,
             prepared.created,
             prepared.model.model_id,
             choices,
@@ -177,7 +183,7 @@ class Service:
         request = prepared.request
         is_chat = isinstance(request, ChatCompletionRequest)
         chunker = (ChatChunker if is_chat else CompletionChunker)(
-            prepared.request_id,
+            prepared.response_id,
             prepared.created,
             prepared.model.model_id,
             include_usage=request.include_usage,
@@ -214,13 +220,13 @@ class Service:
         try:
             running = len(tasks)
             while running:
-                event = await queue.get()
-                if isinstance(event, ChoiceEvent):
-                    yield event
-                elif event is None:
+                item = await queue.get()
+                if isinstance(item, ChoiceEvent):
+                    yield item
+                elif item is None:
                     running -= 1
                 else:
-                    raise event
+                    raise item
         finally:
             for task in tasks:
                 task.cancel()

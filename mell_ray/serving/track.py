@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mell_ray.engine.types import TokenLogprobs
+from mell_ray.engine.types import FinishReason, TokenLogprobs
 from mell_ray.serving.wire import WireDelta, decode_logprobs
 
 
@@ -19,7 +19,7 @@ class Accepted:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
-    finish_reason: str | None
+    finish_reason: FinishReason | None
     error: str | None
 
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mell_ray.engine.types import EngineStats, SequenceInfo, TokenDelta, TokenLogprobs
+from mell_ray.engine.types import (
+    EngineStats,
+    FinishReason,
+    SequenceInfo,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 ReplicaState = Literal["starting", "ready", "draining"]
 
 # (request id, generation, index, token ids, logprobs, finish reason, error)
-WireDelta = tuple[str, int, int, list[int], list[Any] | None, str | None, str | None]
+WireDelta = tuple[str, int, int, list[int], list[Any] | None, FinishReason | None, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class StreamItem:
 
 
 def encode_delta(delta: TokenDelta) -> WireDelta:
-    logprobs = delta.logprobs and [(item.logprob, item.top) for item in delta.logprobs]
+    logprobs = [(item.logprob, item.top) for item in delta.logprobs or ()]
     return (
         delta.request_id,
         delta.generation,
@@ -118,6 +124,7 @@ class PlaceRequest:
     """What the Router must know to place a request. Lengths in tokens."""
 
     request_id: str
+    ingress_id: str
     model_id: str
     num_tokens: int
     max_total_tokens: int
