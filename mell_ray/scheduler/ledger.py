@@ -155,10 +155,10 @@ class Ledger:
             if gpu.held <= gpu.capacity:
                 continue
             victims = sorted(
-                gpu.residents,
+                [*gpu.residents, *gpu.reserved],
                 key=lambda r: (r.dst is not None, r.plan is gpu, r.priority, -r.order),
             )
-            while gpu.held > gpu.capacity and len(gpu.residents) > 1:
+            while gpu.held > gpu.capacity and len(victims) > 1:
                 self.preempt(victims.pop(0), now, out)
         self.settle(out)
 
