@@ -1,0 +1,128 @@
+"""Carries planned moves out: starts each as soon as both ends can hold it, and books its end."""
+
+from __future__ import annotations
+
+from mell_ray.scheduler.config import SchedulerConfig
+from mell_ray.scheduler.cost import CostModel
+from mell_ray.scheduler.events import Decision, Migrate, MigrationMode, Place
+from mell_ray.scheduler.queue import WaitingLine
+from mell_ray.scheduler.state import Gpu, Pool, Request
+
+
+class Executor:
+    """Owns the step from plan to decision for one pool.
+
+    What it starts always fits into what is booked now, reservations included: a plan that uses
+    room which another move still has to free waits for that move.
+    """
+
+    def __init__(
+        self, pool: Pool, line: WaitingLine, config: SchedulerConfig, cost: CostModel
+    ) -> None:
+        self._pool = pool
+        self._line = line
+        self._config = config
+        self._cost = cost
+        self.in_flight: dict[Request, None] = {}
+
+    def flush(self, out: list[Decision]) -> None:
+        """Start every planned place and move that fits now."""
+        pool = self._pool
+        while pool.retry:
+            gpu = next(iter(pool.retry))
+            del pool.retry[gpu]
+            for request in list(gpu.inbound):
+                self._start(request, gpu, out)
+
+    def _start(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
+        if not self.fits(request, gpu):
+            return
+        if request.gpu is None:
+            self._place(request, gpu, out)
+        elif len(self.in_flight) < self._config.max_migrations_in_flight:
+            self._depart(request, gpu, out)
+        else:
+            self._pool.capped[gpu] = None
+
+    @staticmethod
+    def fits(request: Request, gpu: Gpu) -> bool:
+        """Whether ``gpu`` can book the request now."""
+        booked = len(gpu.residents) + len(gpu.reserved)
+        return gpu.held + request.need <= gpu.capacity and booked < gpu.max_requests
+
+    def _place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
+        del gpu.inbound[request]
+        request.gpu = gpu
+        gpu.residents[request] = None
+        gpu.held += request.need
+        gpu.touch()
+        self._line.remove(request)
+        out.append(Place(request.id, gpu.id))
+
+    def _depart(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
+        src = request.gpu
+        assert src is not None
+        del gpu.inbound[request]
+        gpu.reserved[request] = None
+        gpu.held += request.need
+        gpu.touch()
+        request.dst = gpu
+        self.in_flight[request] = None
+        out.append(Migrate(request.id, src.id, gpu.id, self._mode(request, src), request.reason))
+
+    def _mode(self, request: Request, src: Gpu) -> MigrationMode:
+        assert request.dst is not None
+        if request.wanted_mode is not None:
+            return request.wanted_mode  # type: ignore[return-value]
+        return self._cost.choose(src, request.dst, request).mode
+
+    def arrived(self, request: Request) -> None:
+        """The migration in flight has ended well: the request runs at its destination."""
+        src, dst = request.gpu, request.dst
+        assert src is not None
+        assert dst is not None
+        self._leave(request, src)
+        self._unreserve(request, dst)
+        request.gpu = dst
+        request.wanted_mode = None
+        dst.residents[request] = None
+        dst.held += request.need
+
+    def aborted(self, request: Request) -> None:
+        """The migration in flight has failed: the request stays where it runs."""
+        dst, gpu = request.dst, request.gpu
+        assert dst is not None
+        assert gpu is not None
+        self._unreserve(request, dst)
+        request.wanted_mode = None
+        self._pool.assign(request, gpu)
+
+    def evict(self, request: Request) -> None:
+        """Take the request off wherever it runs, goes or is planned; all its bookings end."""
+        if request.dst is not None:
+            self._unreserve(request, request.dst)
+        if request.gpu is not None:
+            self._leave(request, request.gpu)
+            request.gpu = None
+        self._pool.unassign(request)
+
+    def _leave(self, request: Request, gpu: Gpu) -> None:
+        del gpu.residents[request]
+        gpu.held -= request.need
+        gpu.touch()
+        self._room_at(gpu)
+
+    def _unreserve(self, request: Request, gpu: Gpu) -> None:
+        del gpu.reserved[request]
+        gpu.held -= request.need
+        gpu.touch()
+        request.dst = None
+        del self.in_flight[request]
+        self._room_at(gpu)
+        self._pool.retry.update(self._pool.capped)
+        self._pool.capped.clear()
+
+    def _room_at(self, gpu: Gpu) -> None:
+        self._pool.freed = True
+        if gpu.inbound:
+            self._pool.retry[gpu] = None

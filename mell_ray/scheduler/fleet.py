@@ -1,0 +1,127 @@
+"""Life of GPUs: when one is asked for, kept ready, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mell_ray.scheduler.config import SchedulerConfig
+from mell_ray.scheduler.events import AcquireGpu, Decision, ReleaseGpu
+from mell_ray.scheduler.state import Gpu, Pool
+
+_FIRST_RETRY_S = 1.0
+_LAST_RETRY_S = 30.0
+
+
+class Starting:
+    """A GPU that was asked for and is not there yet."""
+
+    __slots__ = ("promised", "since")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.promised = 0  # of its capacity, to requests that will need it
+
+
+class Fleet:
+    """The GPUs of one model that come and go.
+
+    Sizes that found no room are promised to starting GPUs first; another one is asked for only
+    when no starting GPU has room for them.
+    """
+
+    def __init__(self, pool: Pool, config: SchedulerConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self.starting: list[Starting] = []
+        self.startup_s = config.startup_s
+        self._retry_at = float("-inf")
+        self._retry_s = _FIRST_RETRY_S
+
+    def total(self) -> int:
+        return len(self._pool.gpus) + len(self.starting)
+
+    def can_grow(self, now: float) -> bool:
+        return self.total() < self._pool.limits.max_gpus and now >= self._retry_at
+
+    def want(self, need: int, now: float, out: list[Decision], reason: str) -> bool:
+        """See to it that a GPU comes on which ``need`` fits; False: none can."""
+        capacity = self._pool.capacity or need
+        fits = [s for s in self.starting if s.promised + need <= capacity]
+        if fits:
+            max(fits, key=lambda s: s.promised).promised += need
+            return True
+        if not self.can_grow(now):
+            return False
+        self._acquire(now, out, reason).promised = need
+        return True
+
+    def _acquire(self, now: float, out: list[Decision], reason: str) -> Starting:
+        starting = Starting(now)
+        self.starting.append(starting)
+        out.append(AcquireGpu(self._pool.model, reason))
+        return starting
+
+    def arrived(self, now: float) -> None:
+        """A GPU is ready; the one asked for first counts as come."""
+        if self.starting:
+            took = now - self.starting.pop(0).since
+            self.startup_s += 0.3 * (took - self.startup_s)
+        self._retry_s = _FIRST_RETRY_S
+        self._retry_at = float("-inf")
+
+    def failed(self, now: float) -> None:
+        """A GPU did not come; wait before the next try, longer each time."""
+        if self.starting:
+            self.starting.pop(0)
+        self._retry_at = now + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+
+    def renew_promises(self, needs: Iterable[int], now: float, out: list[Decision]) -> None:
+        """Count anew what is waiting, and ask for the GPUs that it takes."""
+        for starting in self.starting:
+            starting.promised = 0
+        for need in needs:
+            self.want(need, now, out, "demand")
+
+    def adjust(self, now: float, busy: bool, out: list[Decision], ahead: int = 0) -> None:
+        """Keep the minimum, the spares and what is expected ``ahead``; give back the rest.
+
+        ``busy``: requests wait, so nothing that could take them is given back.
+        """
+        idle = self._idle(now, out)
+        unpromised = sum(not s.promised for s in self.starting)
+        spares = self._config.spare_gpus + ahead
+        while self.can_grow(now) and (
+            self.total() < self._pool.limits.min_gpus or len(idle) + unpromised < spares
+        ):
+            self._acquire(
+                now, out, "minimum" if self.total() < self._pool.limits.min_gpus else "spare"
+            )
+            unpromised += 1
+        if busy:
+            return
+        idle.sort(key=lambda g: (self._pool.by_node.get(g.node, 0), g.idle_since, -g.slot))
+        surplus = min(len(idle) + unpromised - spares, self.total() - self._pool.limits.min_gpus)
+        for gpu in idle[: max(0, surplus)]:
+            assert gpu.idle_since is not None
+            if now - gpu.idle_since >= self._config.idle_grace_s:
+                self._release(gpu, out)
+
+    def _idle(self, now: float, out: list[Decision]) -> list[Gpu]:
+        """Empty GPUs that take requests. Those that the operator empties go at once."""
+        idle = []
+        for gpu in list(self._pool.gpus.values()):
+            if not gpu.empty:
+                gpu.idle_since = None
+                continue
+            if gpu.idle_since is None:
+                gpu.idle_since = now
+            if gpu.state == "draining":
+                self._release(gpu, out)
+            elif gpu.state == "ready":
+                idle.append(gpu)
+        return idle
+
+    def _release(self, gpu: Gpu, out: list[Decision]) -> None:
+        self._pool.remove(gpu)
+        out.append(ReleaseGpu(gpu.id))

@@ -1,0 +1,59 @@
+"""Requests that wait for room: highest priority first, then in order of arrival."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from mell_ray.scheduler.state import Request
+
+OVERTAKE_LIMIT = 64  # younger requests placed past a waiting one before it blocks the line
+
+
+class WaitingLine:
+    """A request too large for the room there is may be overtaken a bounded number of times; then
+    the line stands still until it fits. So small requests use the room, and none starves."""
+
+    def __init__(self) -> None:
+        self._line: list[tuple[int, int, Request]] = []
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter([request for _, _, request in self._line])
+
+    def __contains__(self, request: Request) -> bool:
+        entry = (-request.priority, request.order, request)
+        position = bisect_left(self._line, entry[:2], key=lambda e: e[:2])
+        return position < len(self._line) and self._line[position][2] is request
+
+    def add(self, request: Request, now: float) -> None:
+        request.since = now
+        insort(self._line, (-request.priority, request.order, request), key=lambda e: e[:2])
+
+    def remove(self, request: Request) -> None:
+        """Does nothing if the request does not wait."""
+        rank = (-request.priority, request.order)
+        position = bisect_left(self._line, rank, key=lambda e: e[:2])
+        if position < len(self._line) and self._line[position][2] is request:
+            del self._line[position]
+
+    def blocked(self, request: Request) -> bool:
+        """Whether someone ahead of ``request`` has been overtaken too often."""
+        rank = (-request.priority, request.order)
+        for priority, order, waiting in self._line:
+            if (priority, order) >= rank:
+                return False
+            if waiting.plan is None and waiting.overtaken >= OVERTAKE_LIMIT:
+                return True
+        return False
+
+    def overtake(self, request: Request) -> None:
+        """Note that ``request`` has been placed before those ahead of it."""
+        rank = (-request.priority, request.order)
+        for priority, order, waiting in self._line:
+            if (priority, order) >= rank:
+                return
+            if waiting.plan is None:
+                waiting.overtaken += 1
