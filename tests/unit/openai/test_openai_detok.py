@@ -61,11 +61,27 @@ def test_byte_level_is_exact_for_any_tokens_even_broken_utf8(byte_level, ids):
     assert "".join(pieces(byte_level, ids)) == expected
 
 
+broken_bytes = st.lists(st.sampled_from([0x80, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98]), max_size=150)
+
+
+def byte_tokens(tokenizer, raw: bytes) -> list[int]:
+    of_byte = {vocabulary_of(tokenizer).token(token)[1]: token for token in range(len(tokenizer))}
+    return [of_byte[bytes([byte])] for byte in raw]
+
+
+@pytest.mark.parametrize("length", range(20, 75))
+def test_a_character_after_a_long_run_of_broken_bytes_is_whole(byte_level, length):
+    raw = b"\x80" * length + "😀€😀".encode()
+
+    assert "".join(pieces(byte_level, byte_tokens(byte_level, raw))) == raw.decode(
+        "utf-8", "replace"
+    )
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([0x80, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98]), max_size=150))
+@given(raw=broken_bytes)
 def test_long_runs_of_broken_bytes_stay_exact_and_bounded(byte_level, raw):
-    of_byte = {vocabulary_of(byte_level).token(token)[1]: token for token in range(len(byte_level))}
-    ids = [of_byte[bytes([byte])] for byte in raw]
+    ids = byte_tokens(byte_level, bytes(raw))
     detokenizer = Detokenizer(vocabulary_of(byte_level), frozenset())
     out = ""
     for token in ids:
@@ -102,6 +118,13 @@ def test_special_tokens_stay_out_of_the_text_and_keep_the_blank_after_them(sente
     words = [token for token in ids for token in (token, eos)]
 
     assert "".join(pieces(sentencepiece, words)) == "hello world"
+
+
+def test_ids_without_a_token_do_not_swallow_the_blank_after_them(sentencepiece):
+    ids = sentencepiece.encode("hello world", add_special_tokens=False)
+    padded = [token for real in ids for token in (real, 10**6)]
+
+    assert "".join(pieces(sentencepiece, padded)) == "hello world"
 
 
 def test_special_tokens_are_shown_on_request(byte_level):

@@ -207,6 +207,13 @@ def test_tokens_outside_the_vocabulary_are_refused(byte_level, fields):
     assert str(len(byte_level)) in error.message
 
 
+def test_the_last_token_of_the_vocabulary_is_inside(byte_level):
+    size = len(byte_level)
+
+    assert complete(byte_level, [size - 1])[0].prompt_token_ids == [size - 1]
+    assert refused(complete, byte_level, [size]).param == "prompt"
+
+
 def test_an_empty_prompt_needs_a_token_to_start_from(byte_level, sentencepiece):
     error = refused(complete, byte_level, "")
     assert error.param == "prompt"

@@ -162,7 +162,7 @@ def answered(index=0, *, echo="", logprobs=False, reason="stop"):
     choice = Choice(index, echo=echo, logprobs=logprobs)
     choice.add(TextPiece("a", [1], [ENTRIES[0]] if logprobs else []))
     choice.add(TextPiece("", [2]))
-    choice.add(TextPiece("é", [3], [ENTRIES[1]] if logprobs else []))
+    choice.add(TextPiece("é", [3, 4], [ENTRIES[1]] if logprobs else []))
     choice.finish_reason = reason
     return choice
 
@@ -193,7 +193,7 @@ def test_chat_response():
         ],
         "refusal": None,
     }
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 8, "total_tokens": 15}
 
 
 def test_completion_response():

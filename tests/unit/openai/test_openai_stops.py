@@ -184,6 +184,14 @@ def test_logprobs_of_a_cut_off_character_come_with_the_flush(byte_level):
     assert b"".join(e.token.bytes for e in last.logprobs) == "🦀".encode()[:-1]
 
 
+def test_logprobs_of_text_flushed_into_a_stop_are_trimmed(byte_level):
+    ids = byte_level.encode("a🦀")[:-1]
+    pieces = by_token(TextStream(byte_level, ["\ufffd"]), ids)
+
+    assert pieces[-1].stopped
+    assert [e.token.text for p in pieces for e in p.logprobs] == ["a"]
+
+
 def test_special_tokens_have_no_logprobs(byte_level):
     ids = [*byte_level.encode("a"), byte_level.eos_token_id]
     pieces = by_token(TextStream(byte_level, []), ids)
