@@ -173,8 +173,10 @@ def _text_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise ConfigError(
                 f"--model {name}: its config has no {key!r}; is it a decoder-only language model?"
             )
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+        text["num_key_value_heads"] = 1  # Falcon and BigCode: the flag overrules the number
     if text.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = 1 if text.get("multi_query") else text["num_attention_heads"]
+        text["num_key_value_heads"] = text["num_attention_heads"]
     return text
 
 
