@@ -27,6 +27,7 @@ traces = st.lists(
 @given(traces)
 def test_a_right_log_passes_and_is_counted(rows: list[TraceRow]) -> None:
     log = first_fit_log(rows, CAPACITY)
+    assume(log)  # without any GPU an auditor cannot know that the requests were too large
     report = check(rows, log)
     assert report.violations == []
     assert report.finished + report.too_large == len(rows)

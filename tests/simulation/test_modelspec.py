@@ -172,5 +172,5 @@ def test_errors_name_the_source_and_the_key(
         raise OSError(f"We couldn't connect to load {name}\nmore lines")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
-    with pytest.raises(ConfigError, match="--model acme/none: neither a local path nor.*connect"):
+    with pytest.raises(ConfigError, match=r"--model acme/none: neither a local path nor.*connect"):
         model_spec("acme/none")
