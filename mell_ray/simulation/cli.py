@@ -207,16 +207,16 @@ def write_json(study: Study, path: str) -> None:
 
 def workload_notes(study: Study) -> list[str]:
     """What a reader must know of requests that were not served as asked."""
-    result = study.runs[0].result
     notes = []
-    if result.dropped:
+    first = study.runs[0].result
+    if first.dropped:
         notes.append(
-            f"{result.dropped:,} requests are larger than a GPU's {result.options.gpu_tokens:,} KV "
-            "tokens and were left out"
+            f"larger than the {first.options.gpu_tokens:,} KV tokens of a GPU and left out: "
+            f"{first.dropped:,} of {first.dropped + first.requests:,} requests"
         )
     for run in study.runs:
         if run.result.rejected:
-            notes.append(f"{run.label} rejected {run.result.rejected:,} requests")
+            notes.append(f"rejected by {run.label}: {run.result.rejected:,} requests")
     return notes
 
 

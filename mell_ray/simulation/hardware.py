@@ -53,7 +53,7 @@ GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called ``name``: the whole name, or a beginning that only one has.
+    """The GPU called ``name``: the whole name, or its first words where only one GPU has them.
 
     Raises:
         ConfigError: unknown or ambiguous; the message lists what there is.
@@ -61,7 +61,7 @@ def find_gpu(name: str) -> Gpu:
     key = name.strip().lower().replace("_", "-")
     if key in GPUS:
         return GPUS[key]
-    matches = [known for known in GPUS if key and known.startswith(key)]
+    matches = [known for known in GPUS if known.startswith(key + "-")]
     if len(matches) == 1:
         return GPUS[matches[0]]
     problem = f"could be {', '.join(matches)}" if matches else "is not in the built-in table"
