@@ -60,6 +60,8 @@ class Detokenizer:
         keep = min(self._num_new, _OVERLAP) if too_long else self._num_new
         tail = self._window[-keep:]
         decoded = self._decode(tail)
-        if decoded or too_long:  # a decoder that strips blanks must not meet one at the beginning
+        # A decoder strips the blank at the beginning of the text, so the window must not begin with
+        # an id that is no text (padding of the vocabulary).
+        if decoded or too_long:
             self._window, self._sent = tail, max(len(decoded) - held, 0)
-            self._num_new = keep if held else 0
+            self._num_new = 0

@@ -110,7 +110,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     for string in strings:
         if not 1 <= len(check_text(string)) <= MAX_STOP_CHARS:
             raise ValueError(f"a stop string must have 1 to {MAX_STOP_CHARS} characters")
-    return tuple(dict.fromkeys(strings))
+    return tuple(strings)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:

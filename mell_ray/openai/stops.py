@@ -28,7 +28,7 @@ class StopMatcher:
     def feed(self, text: str) -> tuple[int, int] | None:
         """Read on. ``(read, length)`` once a stop string is complete: the first ``read``
         characters of ``text`` end with it and it has ``length`` characters (the longest, if
-        several end there); ``None`` as long as there is none."""
+        several end there); ``None`` as long as there is none. Nothing is fed after a find."""
         if not any(self._states) and self._first.isdisjoint(text):
             return None
         for position, char in enumerate(text):
@@ -47,7 +47,6 @@ class StopMatcher:
                 state += 1
             if state == len(stop):
                 complete = max(complete, state)
-                state = fail[state - 1]
             self._states[i] = state
         return complete
 

@@ -130,8 +130,6 @@ class TextStream:
         flush = last and not self.stopped
         while self._entries and (flush or self._entries[0].text_offset < self._released):
             entries.append(self._entries.popleft())
-        if self.stopped:
-            self._entries.clear()
         return TextPiece(text, token_ids, entries, self.stopped)
 
     def _entry(self, token: int, logprobs: TokenLogprobs) -> LogprobEntry:

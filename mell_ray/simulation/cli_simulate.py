@@ -1,0 +1,110 @@
+"""``mell-ray simulate``: one policy on one trace, with GPUs given in tokens."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mell_ray.simulation import cli
+
+
+def simulate(
+    trace: cli.TraceArgument,
+    gpu_tokens: Annotated[
+        int, typer.Option(metavar="TOKENS", min=1, help="KV tokens that one GPU holds.")
+    ],
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Scheduling policy.")] = "tide",
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Setting of the policy; repeat.")
+    ] = None,
+    decode_tokens_per_s: Annotated[
+        float, typer.Option(metavar="RATE", min=0.001, help="Decode speed of each request.")
+    ] = 30.0,
+    migration_price: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="GPU-seconds that one migrated token costs: 1e-5 for NVLink or RDMA, 1e-4 for "
+            "Ethernet or recomputation.",
+        ),
+    ] = 1e-5,
+    epoch_tokens: cli.EpochOption = 16,
+    startup_s: cli.StartupOption = 0.0,
+    idle_grace_s: cli.GraceOption = None,
+    spare_gpus: cli.SpareOption = 0,
+    max_gpus: cli.MaxGpusOption = None,
+    max_requests_per_gpu: cli.MaxRequestsOption = None,
+    link_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            min=0.001,
+            help="KV tokens a migration sends a second. Default: at once.",
+        ),
+    ] = None,
+    prefill_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", min=0.001, help="Prefill speed of a GPU. Default: at once."),
+    ] = None,
+    time_compression: cli.CompressionOption = 1.0,
+    copies: cli.CopiesOption = 1.0,
+    seed: cli.SeedOption = 0,
+    json_out: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures here; '-' is stdout."),
+    ] = None,
+    events: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the event log here (.jsonl or .jsonl.gz)."),
+    ] = None,
+) -> None:
+    """Run one policy on a trace and report GPUs, the lower bound and migrations.
+
+    Requests larger than a GPU are left out and counted. The same command gives the same event
+    log, byte for byte.
+    """
+    from mell_ray.simulation.eventlog import event_log
+    from mell_ray.simulation.report import print_study
+    from mell_ray.simulation.study import Assumption, Study, summarise
+    from mell_ray.simulation.types import SimOptions
+
+    rows = cli.load_trace(trace)
+    kv_bytes = SimOptions(gpu_tokens=1).kv_bytes_per_token
+    options = SimOptions(
+        gpu_tokens=gpu_tokens,
+        policy=policy,
+        params=cli.parse_params(param or ()),
+        decode_tokens_per_s=decode_tokens_per_s,
+        epoch_tokens=epoch_tokens,
+        migration_price=migration_price,
+        startup_s=startup_s,
+        spare_gpus=spare_gpus,
+        idle_grace_s=startup_s if idle_grace_s is None else idle_grace_s,
+        max_gpus=max_gpus,
+        max_requests_per_gpu=max_requests_per_gpu,
+        link_bytes_per_s=None if link_tokens_per_s is None else link_tokens_per_s * kv_bytes,
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        time_compression=time_compression,
+        copies=copies,
+        seed=seed,
+    )
+    study = Study(
+        title=f"{policy} on {cli.trace_name(trace)}",
+        trace=summarise(cli.trace_name(trace), rows),
+        migration_price=migration_price,
+    )
+    with ExitStack() as stack:
+        sink = stack.enter_context(event_log(events)) if events else None
+        start = stack.enter_context(cli.progress_bar())
+        study.runs.append(
+            cli.run_policy(rows, options, label=policy, sink=sink, progress=start(policy))
+        )
+    study.assumptions.append(Assumption("KV tokens per GPU", f"{gpu_tokens:,}", "given"))
+    study.notes.extend(cli.workload_notes(study))
+    if json_out:
+        cli.write_json(study, json_out)
+    print_study(study, cli.output_console(stderr=json_out == "-"))

@@ -1,0 +1,168 @@
+"""A study in words and on the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mell_ray.simulation.hardware import GIB
+from mell_ray.simulation.study import HOUR_S, Run, Study, figures
+
+
+def best_run(study: Study) -> Run:
+    """The policy that bills least; of equals the one that moves least, then the first."""
+    runs = [run for run in study.runs if not run.variant]
+    return min(runs, key=lambda run: (run.result.billed_gpu_seconds, run.result.migrated_tokens))
+
+
+def saving(run: Run, other: Run) -> float:
+    """The share of ``other``'s billed GPU-hours that ``run`` does without."""
+    return 1 - run.result.billed_gpu_seconds / max(other.result.billed_gpu_seconds, 1e-12)
+
+
+def headline(study: Study) -> str:
+    """The study's result in a sentence or two."""
+    best = best_run(study)
+    own = figures(study, best)
+    text = f"{best.label} bills {own['billed_gpu_hours']:.4g} GPU-hours"
+    if own["billed_usd"] is not None:
+        text += f" ({format_usd(own['billed_usd'])})"
+    text += f", {own['billed_ratio']:.3f} x the lower bound of {own['lower_bound_gpu_hours']:.4g}."
+    others = [run for run in study.runs if run is not best and not run.variant]
+    if others:
+        others.sort(key=lambda run: run.result.billed_gpu_seconds)
+        parts = [f"{100 * saving(best, run):.1f} % less than {run.label}" for run in others]
+        text += f" That is {', '.join(parts)}."
+    return text
+
+
+def format_bytes(count: float | None) -> str:
+    if count is None:
+        return "-"
+    for limit, unit in ((GIB * 1024, "TiB"), (GIB, "GiB"), (1 << 20, "MiB")):
+        if count >= limit:
+            return f"{count / limit:,.1f} {unit}"
+    return f"{count / 1024:,.1f} KiB" if count else "0"
+
+
+def format_usd(amount: float | None) -> str:
+    if amount is None:
+        return "-"
+    return f"${amount:,.0f}" if amount >= 100 else f"${amount:,.2f}"
+
+
+def format_duration(seconds: float) -> str:
+    if seconds >= 2 * HOUR_S:
+        return f"{seconds / HOUR_S:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
+
+
+#: (heading, its meaning) of the policy table, in order; cells come from `policy_cells`.
+COLUMNS = (
+    ("policy", "Scheduling policy."),
+    ("GPU-hours", "GPUs that hold requests, integrated over time."),
+    ("x bound", "GPU-hours over the lower bound: 1 is a perfect packing at every instant."),
+    ("billed", "GPU-hours paid for: starting and idle GPUs included."),
+    ("cost", "Billed GPU-hours times the price of a GPU."),
+    ("peak GPUs", "Most GPUs open or starting at one time."),
+    ("migrations", "Requests moved while they ran."),
+    ("moved", "KV moved (tokens where the size of a token is not known)."),
+    ("per token", "Tokens moved per token of prompt and output."),
+    ("J", "(GPU-seconds + migration price x moved tokens) / lower bound."),
+    ("preempted", "Requests taken off a GPU and put back in the queue."),
+    ("delayed", "Requests that were not placed at once; p99 of their wait."),
+)
+
+
+def policy_cells(study: Study, run: Run) -> list[str]:
+    """One row of the policy table, a cell for each of `COLUMNS`."""
+    own = figures(study, run)
+    moved = own["migrated_bytes"]
+    delayed = f"{own['delayed_requests']:,}"
+    if own["delayed_requests"]:
+        delayed += f" ({own['delay_p99_s']:.1f} s)"
+    return [
+        run.label,
+        f"{own['gpu_hours']:,.4g}",
+        f"{own['ratio']:.3f}",
+        f"{own['billed_gpu_hours']:,.4g}",
+        format_usd(own["billed_usd"]),
+        f"{own['peak_gpus']:,}",
+        f"{own['migrations']:,}",
+        format_bytes(moved) if moved is not None else f"{own['migrated_tokens']:,}",
+        f"{own['recourse']:.3f}",
+        f"{own['cost_j']:.3f}",
+        f"{own['preemptions']:,}",
+        delayed,
+    ]
+
+
+def bound_cells(study: Study) -> list[str]:
+    """The last row of the policy table: the lower bound, in the columns where it has a meaning."""
+    own = figures(study, study.runs[0])
+    cost = None
+    if study.gpu_price_per_hour is not None:
+        cost = own["lower_bound_gpu_hours"] * study.gpu_price_per_hour
+    hours = f"{own['lower_bound_gpu_hours']:,.4g}"
+    cells = ["lower bound", hours, "1.000", hours, format_usd(cost)]
+    return cells + [f"{own['peak_lower_bound_gpus']:,}"] + [""] * (len(COLUMNS) - 6)
+
+
+#: Columns a narrow terminal does without, the first to go first.
+_DISPENSABLE = ("preempted", "J", "per token", "peak GPUs", "delayed", "GPU-hours", "migrations")
+
+
+def has_column(study: Study, heading: str) -> bool:
+    """Money needs a price."""
+    return heading != "cost" or study.gpu_price_per_hour is not None
+
+
+def print_study(study: Study, console: Console) -> None:
+    """The trace, what the result rests on, the policy table, the headline and the notes."""
+    trace = study.trace
+    console.print(
+        f"[bold]{escape(trace.name)}[/bold]: {trace.requests:,} requests in "
+        f"{format_duration(trace.duration_s)}, prompt p50 {trace.prompt.p50:,} p99 "
+        f"{trace.prompt.p99:,}, output p50 {trace.output.p50:,} p99 {trace.output.p99:,} tokens",
+        highlight=False,
+    )
+    if study.assumptions:
+        grid = Table.grid(padding=(0, 2))
+        for item in study.assumptions:
+            grid.add_row(f"  {item.name}", escape(item.value), f"[dim]{escape(item.source)}[/dim]")
+        console.print(grid, highlight=False)
+    console.print()
+    console.print(_fitting_table(study, console))
+    console.print()
+    console.print(escape(headline(study)), highlight=False)
+    for note in study.notes:
+        console.print(f"note: {escape(note)}", style="yellow", highlight=False)
+
+
+def _fitting_table(study: Study, console: Console) -> Table:
+    shown = [heading for heading, _ in COLUMNS if has_column(study, heading)]
+    unlimited = console.options.update(max_width=1000)
+    for heading in _DISPENSABLE:
+        if console.measure(_policy_table(study, shown), options=unlimited).maximum <= console.width:
+            break
+        shown.remove(heading)
+    return _policy_table(study, shown)
+
+
+def _policy_table(study: Study, shown: list[str]) -> Table:
+    """The runs side by side, what bills least in bold."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    best = best_run(study)
+    places = [number for number, (heading, _) in enumerate(COLUMNS) if heading in shown]
+
+    def add(cells: list[str], style: str | None) -> None:
+        table.add_row(*(escape(cells[place]) for place in places), style=style)
+
+    for run in study.runs:
+        add(policy_cells(study, run), "bold" if run is best else None)
+    add(bound_cells(study), "dim")
+    return table
