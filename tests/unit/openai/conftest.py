@@ -6,7 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = ["hello world, the café serves naïve £ € 日本語 and emoji 😀👍🏽 stop STOP\n\n"] * 20
@@ -23,7 +31,7 @@ def wrap(tokenizer: Tokenizer, **kwargs: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **kwargs)
 
 
-def make_byte_level() -> PreTrainedTokenizerFast:
+def make_byte_level(**kwargs: Any) -> PreTrainedTokenizerFast:
     """As GPT-2's, Llama 3's and Qwen's: tokens are byte strings, no BOS before text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,10 +43,10 @@ def make_byte_level() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return wrap(tokenizer, chat_template=CHAT_TEMPLATE)
+    return wrap(tokenizer, chat_template=CHAT_TEMPLATE, **kwargs)
 
 
-def make_sentencepiece() -> PreTrainedTokenizerFast:
+def make_sentencepiece(**kwargs: Any) -> PreTrainedTokenizerFast:
     """As Llama 2's: blanks are U+2581, unknown characters fall back to bytes, BOS before text."""
     marks = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],
@@ -69,7 +77,10 @@ def make_sentencepiece() -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return wrap(tokenizer, unk_token="<unk>", bos_token="<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return wrap(tokenizer, unk_token="<unk>", bos_token="<s>", **kwargs)
 
 
 @pytest.fixture(scope="session")

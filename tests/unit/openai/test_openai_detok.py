@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,14 +31,12 @@ def test_text_is_exact_for_any_unicode(any_tokenizer, text):
 
 
 @settings(max_examples=80, deadline=None)
-@given(text=unicode_text | awkward_text, data=st.data())
-def test_how_tokens_are_cut_into_pushes_does_not_matter(any_tokenizer, text, data):
+@given(text=unicode_text | awkward_text, cuts=st.sets(st.integers(0, 100), max_size=8))
+def test_how_tokens_are_cut_into_pushes_does_not_matter(any_tokenizer, text, cuts):
     ids = any_tokenizer.encode(text, add_special_tokens=False)
-    stream, out, at = TextStream(any_tokenizer, []), "", 0
-    while at < len(ids):
-        size = data.draw(st.integers(0, 7))
-        out += stream.push(ids[at : at + size]).text
-        at += size
+    stream, out = TextStream(any_tokenizer, []), ""
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(ids) + 100]):
+        out += stream.push(ids[start:end]).text
 
     assert out + stream.finish().text == "".join(pieces(any_tokenizer, ids))
     assert stream.num_tokens == len(ids)

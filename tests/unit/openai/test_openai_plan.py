@@ -14,6 +14,7 @@ from mell_ray.openai.plan import (
     plan_completion,
 )
 from mell_ray.openai.protocol import ChatCompletionRequest, CompletionRequest
+from tests.unit.openai.conftest import make_byte_level, make_sentencepiece
 
 LIMITS = {"max_model_len": 64, "default_max_tokens": 16, "request_seed": 99}
 
@@ -220,6 +221,18 @@ def test_an_empty_prompt_needs_a_token_to_start_from(byte_level, sentencepiece):
     assert "empty" in error.message
 
     assert complete(sentencepiece, "")[0].prompt_token_ids == [sentencepiece.bos_token_id]
+    knows_bos = make_byte_level(bos_token="</s>")  # but does not begin texts with it
+    assert complete(knows_bos, "")[0].prompt_token_ids == [knows_bos.bos_token_id]
+
+
+def test_bos_is_the_tokenizers_for_text_and_the_templates_for_chat():
+    tokenizer = make_sentencepiece(chat_template="{{ bos_token }}{{ messages[0].content }}")
+    bos = tokenizer.bos_token_id
+
+    assert complete(tokenizer)[0].prompt_token_ids.count(bos) == 1
+    [generation] = chat(tokenizer)
+    assert generation.prompt_token_ids[0] == bos
+    assert generation.prompt_token_ids.count(bos) == 1
 
 
 def test_echo(byte_level):

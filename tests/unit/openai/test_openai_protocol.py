@@ -183,6 +183,15 @@ def test_a_refusal_shows_numbers_but_no_text_of_the_user():
     assert "secret" not in refusal(ChatCompletionRequest, body).message
 
 
+def test_messages_read_well():
+    def message(**field):
+        return refusal(ChatCompletionRequest, {**CHAT, **field}).message
+
+    assert message(n=0) == "'n': input should be greater than or equal to 1, got 0"
+    assert message(stop=[1]) == "'stop': must be a string or a list of strings"
+    assert message(tools=[{}]) == "'tools': not supported by this server; remove it"
+
+
 def test_fastapi_wraps_the_path_in_body():
     class Wrapped:
         def errors(self):
