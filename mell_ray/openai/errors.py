@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from mell_ray.errors import InvalidRequestError, MellError, ServerError
 
+_MAX_SHOWN = 10**20
 _SHOWN = 3  # faults named in one message; clients fix them one by one anyway
 
 
@@ -64,6 +65,11 @@ def _reason(details: Mapping[str, Any]) -> str:
     message = message[:1].lower() + message[1:]
     given = details.get("input")
     # Only numbers are repeated: anything else may hold the user's text.
-    if kind != "unsupported_field" and isinstance(given, int | float):
+    if kind != "unsupported_field" and _is_short_number(given):
         return f"{message}, got {given}"
     return message
+
+
+def _is_short_number(value: Any) -> bool:
+    """Python refuses to print integers of thousands of digits."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _MAX_SHOWN)

@@ -122,10 +122,11 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 def _token_key(key: Any) -> int:
-    text = str(key)
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= MAX_INT32):
+    is_number = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 10
+    token = int(key) if is_number else key
+    if type(token) is not int or not 0 <= token <= MAX_INT32:
         raise ValueError('keys must be token ids, such as "50256"')
-    return int(text)
+    return token
 
 
 def _bias(value: Any) -> float:

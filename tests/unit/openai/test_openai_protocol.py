@@ -52,6 +52,11 @@ BAD_IN_BOTH = [
     ("min_p", 1.5, "less than or equal to 1"),
     ("seed", 2**63, "less than or equal"),
     ("seed", 1.5, "integer"),
+    pytest.param("seed", 10**5000, "less than or equal", id="seed-huge"),
+    ("temperature", 10**400, "number"),
+    ("logit_bias", {10**5000: 1}, "token ids"),
+    ("logit_bias", {True: 1}, "token ids"),
+    ("logit_bias", {"1": 10**5000}, "from -100 to 100"),
     ("stop", "", "1 to 256 characters"),
     ("stop", ["a", ""], "1 to 256 characters"),
     ("stop", ["a"] * 17, "at most 16"),
@@ -144,6 +149,8 @@ def test_bad_completion_field_is_named(field, value, says):
     [
         ({"role": "tool", "content": "x"}, "role", "'system', 'developer', 'user' or 'assistant'"),
         ({"content": "x"}, "role", "required"),
+        ("hi", None, "must be a JSON object"),
+        (None, None, "must be a JSON object"),
         ({"role": "user"}, "content", "required"),
         ({"role": "user", "content": 5}, "content", "must be a string"),
         ({"role": "user", "content": []}, "content", "non-empty list"),
@@ -159,7 +166,7 @@ def test_bad_completion_field_is_named(field, value, says):
 def test_bad_message_is_named_by_its_path(message, path, says):
     error = refusal(ChatCompletionRequest, {**CHAT, "messages": [*CHAT["messages"], message]})
 
-    assert error.param == f"messages.1.{path}"
+    assert error.param == ("messages.1" if path is None else f"messages.1.{path}")
     assert says in error.message
 
 
