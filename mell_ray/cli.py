@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mell_ray.errors import ConfigError, MellError
+from mell_ray.serving import cli as serving
 from mell_ray.simulation import cli as simulation
 
 
@@ -57,6 +58,7 @@ def _root(
     pass
 
 
+serving.register(app)
 simulation.register(app)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mell_ray.scheduler.bounds import lower_bound
 from mell_ray.scheduler.checks import check_scheduler
-from mell_ray.scheduler.config import SchedulerConfig
+from mell_ray.scheduler.config import ModelLimits, SchedulerConfig
 from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import (
     AcquireFailed,
@@ -133,6 +133,11 @@ class Scheduler:
         for model, policy in made.items():
             self._ledgers[model].policy = policy
         self.policy_name = name
+
+    def set_limits(self, model: str, limits: ModelLimits) -> None:
+        """Change how many GPUs a model may have; takes effect with the next tick. GPUs above a
+        lowered maximum stay until they are empty."""
+        self._ledgers[model].pool.limits = limits
 
     # --- views -----------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class _PoolLimits:
 class Ingress:
     """See the module. Python callers use ``chat``, ``completions`` and ``generate``."""
 
-    async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:
+    async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(config.mell.log_level)
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)

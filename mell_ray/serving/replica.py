@@ -14,13 +14,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import ray
 
 from mell_ray.config import LLMConfig, MigrationConfig
-from mell_ray.engine import Engine
 from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import RequestState, Reservation, StepOutput
 from mell_ray.errors import ConflictError, FencedError
@@ -47,12 +46,17 @@ from mell_ray.serving.wire import (
     encode_delta,
 )
 
+if TYPE_CHECKING:
+    # Whoever looks up the actor imports this module, and torch takes seconds.
+    from mell_ray.engine import Engine
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
 PROGRESS_POLL_S = 0.003
+REMEMBERED_EVICTIONS = 1024
 CONTROL_GROUP = "control"
 
 _control = ray.method(concurrency_group=CONTROL_GROUP)
@@ -88,6 +92,7 @@ class GPUReplica:
         self._target = MigrationTarget(spec.migration.timeout_s)
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
+        self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
         self._incarnation = 0
         self._retired = False
         self._step: StepSample | None = None
@@ -161,6 +166,8 @@ class GPUReplica:
             if self._retired:
                 raise FencedError(f"replica {self._spec.replica_id} is being released")
             engine.validate(state)
+            if state.generation <= self._evicted.get(state.request_id, -1):
+                raise FencedError(f"{state.request_id} has lost its place here")
             present = engine.generation_of(state.request_id)
             if present is not None:
                 if present >= state.generation:
@@ -237,19 +244,22 @@ class GPUReplica:
         return await self.in_engine(close)
 
     @_control
-    async def evict(self, incarnation: int, request_ids: list[str]) -> None:
-        """Give requests up; their ingress asks the Router for another place."""
+    async def evict(self, incarnation: int, request_id: str, generation: int) -> None:
+        """Give a request up; its ingress asks the Router for another place. If it is still on its
+        way here it is refused when it comes."""
         self._fence(incarnation)
 
         def give_up(engine: Engine) -> None:
-            for request_id in request_ids:
-                generation = engine.generation_of(request_id)
-                ingress = self._ingress_of.get(request_id)
-                if generation is None or self._source.is_leaving(request_id):
-                    continue
-                self._forget(engine, request_id)
-                if ingress is not None:
-                    self._outbox(ingress).put(notices=[Evicted(request_id, generation)])
+            self._evicted[request_id] = generation
+            while len(self._evicted) > REMEMBERED_EVICTIONS:
+                self._evicted.pop(next(iter(self._evicted)))
+            present = engine.generation_of(request_id)
+            if present != generation or self._source.is_leaving(request_id):
+                return
+            ingress = self._ingress_of.get(request_id)
+            self._forget(engine, request_id)
+            if ingress is not None:
+                self._outbox(ingress).put(notices=[Evicted(request_id, generation)])
 
         await self.in_engine(give_up)
 

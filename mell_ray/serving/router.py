@@ -7,6 +7,7 @@ decisions out. It keeps no state that it could not rebuild from the replicas.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
@@ -66,7 +67,7 @@ REPORT_PAUSE_S = 0.02
 class Router:
     """See the module. One instance per application, fenced by ``incarnation``."""
 
-    async def __init__(self, config: MellConfig) -> None:
+    async def __init__(self, config: MellConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = config.mell
         configure_logging(settings.log_level)
         self._settings = settings
@@ -77,7 +78,9 @@ class Router:
         self._books = {
             name: RequestBook(llm.engine_kwargs.block_size) for name, llm in self._llms.items()
         }
-        self._scheduler = Scheduler(scheduler_config(config), seed=settings.seed)
+        planned = scheduler_config(config)
+        self._limits = dict(planned.models)
+        self._scheduler = Scheduler(planned, seed=settings.seed)
         self._waiting: dict[str, asyncio.Future[Lease]] = {}
         self._migrations: dict[str, asyncio.Task[MigrationResult]] = {}  # by request id
         self._start_errors: dict[str, str] = {}
@@ -99,9 +102,8 @@ class Router:
             OverloadedError: the queue is full.
             ServerError: no replica of the model can be started.
         """
-        moving = self._migrations.get(request.request_id)
-        if moving is not None and request.lost_replica is not None:
-            await asyncio.wait([moving])
+        if request.lost_replica is not None:
+            await self._look_into(request.request_id, request.lost_replica)
         entry = self._books[request.model_id].get(request.request_id)
         if entry is None:
             return await self._arrive(request)
@@ -109,13 +111,19 @@ class Router:
             raise ConflictError(f"request {request.request_id} is running already; use another id")
         if entry.replica_id is None and not entry.lost:
             return await self._wait(request.request_id)  # queued: a repeated call, or evicted
-        if (
-            entry.replica_id not in (None, request.lost_replica)
-            and entry.generation > request.generation
-        ):
+        if entry.replica_id is not None and entry.generation > request.generation:
             return self._lease(entry)
         self._withdraw(request.request_id)
         return await self._arrive(request)
+
+    async def _look_into(self, request_id: str, replica_id: str) -> None:
+        """An ingress says that it lost the request there: find out what is true of it."""
+        moving = self._migrations.get(request_id)
+        if moving is not None:
+            await asyncio.wait([moving])
+        replica = self._fleet.replicas.get(replica_id)
+        if replica is not None and replica.info is not None:
+            await self._poll_once(replica, 0.0)
 
     async def forget(self, request_ids: list[str]) -> None:
         """The ingress wants these no more (client gone, request failed)."""
@@ -148,7 +156,6 @@ class Router:
                 size=size,
                 max_size=max_blocks,
                 priority=request.priority,
-                exclude=(request.lost_replica,) if request.lost_replica else (),
             )
         )
         limit = self._settings.max_queued_requests
@@ -233,7 +240,10 @@ class Router:
             return
         self._books[entry.model_id].move(entry, None, time.monotonic(), held=False)
         self._spawn(
-            self._tell(replica, replica.actor.evict.remote(self._incarnation, [request_id]))
+            self._tell(
+                replica,
+                replica.actor.evict.remote(self._incarnation, request_id, entry.generation),
+            )
         )
 
     async def _run_clock(self) -> None:
@@ -497,6 +507,7 @@ class Router:
         """Empty a replica by migration and release it; returns at once."""
         replica = self._replica(replica_id)
         replica.state = "draining"
+        self._set_minimum(replica.model_id, self._limits[replica.model_id].min_gpus - 1)
         self._handle(Evacuate(replica_id))
         running = replica.report.stats.running if replica.report else 0
         return {"id": replica_id, "state": "draining", "running": running}
@@ -512,12 +523,23 @@ class Router:
         name = model_id or next(iter(self._llms))
         if name not in self._llms:
             raise NotFoundError(f"model {name!r} is not served here", param="model")
-        limit = self._llms[name].deployment_config.autoscaling_config.max_replicas
-        if self._fleet.count(name) >= limit:
+        count, limit = self._fleet.count(name), self._limits[name].max_gpus
+        if count >= limit:
             raise ConflictError(f"model {name!r} has its max_replicas ({limit}) already")
-        replica = self._fleet.create(name)
-        self._spawn(self._open(replica))
-        return {"id": replica.replica_id, "model": name, "state": replica.state}
+        before = set(self._fleet.replicas)
+        self._set_minimum(name, count + 1)
+        self._handle(Tick())
+        for replica in self._fleet.replicas.values():
+            if replica.model_id == name and replica.replica_id not in before:
+                return {"id": replica.replica_id, "model": name, "state": replica.state}
+        raise ConflictError("replicas failed to start just now; try again in a moment")
+
+    def _set_minimum(self, model_id: str, minimum: int) -> None:
+        """Keep that many replicas, but never fewer than configured."""
+        configured = self._llms[model_id].deployment_config.autoscaling_config.min_replicas
+        limits = dataclasses.replace(self._limits[model_id], min_gpus=max(configured, minimum))
+        self._limits[model_id] = limits
+        self._scheduler.set_limits(model_id, limits)
 
     async def migrations(self) -> list[dict[str, Any]]:
         """The most recent migrations, oldest first."""

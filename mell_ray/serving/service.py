@@ -44,6 +44,8 @@ from mell_ray.openai.tokenizer import Tokenizer
 from mell_ray.serving.runner import Job
 from mell_ray.serving.track import Accepted
 
+LONG_PROMPT_CHARACTERS = 10_000
+
 
 class Runs(Protocol):
     """What generates tokens: a Runner."""
@@ -129,16 +131,11 @@ class Service:
         """
         request = _parse(body, chat=chat)
         model = self._model(request.model)
-        limits = {
-            "max_model_len": model.max_model_len,
-            "default_max_tokens": self._default_max_tokens,
-            "request_seed": secrets.randbits(62),
-        }
-        if isinstance(request, ChatCompletionRequest):
-            generations = plan_chat(request, model.tokenizer, **limits)
+        # A tokenizer takes its time over a long prompt; running streams must not wait for it.
+        if _num_characters(request) > LONG_PROMPT_CHARACTERS:
+            generations = await asyncio.to_thread(self._plan, request, model)
         else:
-            assert isinstance(request, CompletionRequest)
-            generations = plan_completion(request, model.tokenizer, **limits)
+            generations = self._plan(request, model)
         request_id = request_id or uuid.uuid4().hex
         jobs = [
             Job(
@@ -153,6 +150,17 @@ class Service:
         for job in jobs:
             await self._limits.check(job)
         return Prepared(request_id, int(time.time()), model, request, generations, jobs)
+
+    def _plan(self, request: GenerationRequest, model: ServedModel) -> list[Generation]:
+        limits = {
+            "max_model_len": model.max_model_len,
+            "default_max_tokens": self._default_max_tokens,
+            "request_seed": secrets.randbits(62),
+        }
+        if isinstance(request, ChatCompletionRequest):
+            return plan_chat(request, model.tokenizer, **limits)
+        assert isinstance(request, CompletionRequest)
+        return plan_completion(request, model.tokenizer, **limits)
 
     async def respond(self, prepared: Prepared) -> dict[str, Any]:
         """The whole answer at once."""
@@ -258,7 +266,9 @@ class Service:
                 if delta.finish_reason is not None:
                     last = text.finish()
                     stopped: ApiFinishReason = "stop"
-                    reason = stopped if last.stopped else finish_reason(delta.finish_reason)
+                    reason = (
+                        stopped if last.stopped else finish_reason(delta.finish_reason, delta.error)
+                    )
                     yield ChoiceEvent(index, _join(piece, last), reason)
                     return
                 yield ChoiceEvent(index, piece, None)
@@ -313,6 +323,13 @@ def _parse(body: Any, *, chat: bool) -> GenerationRequest:
         return (ChatCompletionRequest if chat else CompletionRequest).model_validate(body)
     except ValidationError as error:
         raise from_validation_error(error) from None
+
+
+def _num_characters(request: GenerationRequest) -> int:
+    if isinstance(request, ChatCompletionRequest):
+        return sum(len(message.content) for message in request.messages)
+    assert isinstance(request, CompletionRequest)
+    return sum(len(prompt) for prompt in request.prompt)
 
 
 def _greeting(chunker: ChatChunker | CompletionChunker, prepared: Prepared) -> bytes:

@@ -17,8 +17,6 @@ os.environ.update(
     RAY_SERVE_LOG_TO_STDERR="0",
     RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.02",
     RAY_USAGE_STATS_ENABLED="0",
-    RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
-    RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
 )
 
 import httpx
@@ -29,6 +27,12 @@ from ray import serve
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving import build_openai_app
+
+# For the processes of the cluster, not for this one, which calls handles without an event loop.
+os.environ.update(
+    RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
+    RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
+)
 
 CPU_SLOTS = 8
 

@@ -1,0 +1,249 @@
+"""Requests that move, and replicas that die or are emptied, while clients read their streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import ray
+
+from mell_ray.builtin import MODEL_ID
+from tests.serving.conftest import App
+
+LENGTH = 400
+MODES = ["kv", "token", "kv", "token", "kv"]
+
+
+@pytest.fixture(scope="module")
+def app(deploy) -> App:
+    # Three slots, so that one more may open; the policy leaves the moves to the tests.
+    app = deploy("move", replicas=(2, 3), mell={"policy": {"name": "worst-fit"}})
+    app.wait_ready(2)
+    return app
+
+
+def body(prompt: str, temperature: float, length: int = LENGTH) -> dict:
+    return {
+        "model": MODEL_ID,
+        "prompt": prompt,
+        "max_tokens": length,
+        "temperature": temperature,
+        "seed": 17,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+
+class Stream:
+    """One streamed completion: its id, and its text as it comes."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.request_id = response.headers["x-request-id"]
+        self._lines = response.aiter_lines()
+        self.chunks: list[str] = []
+        self.done = False
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for line in self._lines:
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                self.done = True
+            elif data:
+                event = json.loads(data)
+                assert "error" not in event, event
+                self.chunks.append(event["choices"][0]["text"])
+                yield self.chunks[-1]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.chunks)
+
+
+async def read(client: httpx.AsyncClient, app: App, request: dict) -> str:
+    async with client.stream("POST", f"{app.url}/v1/completions", json=request) as response:
+        stream = Stream(response)
+        async for _ in stream:
+            pass
+        assert stream.done
+        return stream.text
+
+
+async def migrate(client: httpx.AsyncClient, app: App, request_id: str, mode: str) -> dict:
+    url = f"{app.url}/mell/v1/requests/{request_id}/migrate"
+    response = await client.post(url, json={"to": None, "mode": mode})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def http() -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
+def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
+    """Back and forth, KV and token mode mixed, with 8 other streams running."""
+    main = body("It is a truth universally acknowledged", temperature)
+    others = [body(f"Chapter {i}. She had", temperature, 200) for i in range(8)]
+
+    async def moved() -> tuple[str, list[dict], list[str]]:
+        results: list[dict] = []
+        async with (
+            http() as client,
+            client.stream("POST", f"{app.url}/v1/completions", json=main) as response,
+        ):
+            stream = Stream(response)
+            background = [asyncio.create_task(read(client, app, o)) for o in others]
+            async for _ in stream:
+                if len(results) < len(MODES):
+                    mode = MODES[len(results)]
+                    results.append(await migrate(client, app, stream.request_id, mode))
+            texts = await asyncio.gather(*background)
+            assert stream.done
+            return stream.text, results, texts
+
+    async def still() -> list[str]:
+        async with http() as client:
+            return await asyncio.gather(*(read(client, app, o) for o in [main, *others]))
+
+    text, results, texts = asyncio.run(moved())
+    assert [result["outcome"] for result in results] == ["committed"] * 5
+    assert [result["mode"] for result in results] == MODES
+    assert results[-1]["generation"] == 6
+    assert len({result["to"] for result in results}) == 2
+    expected = asyncio.run(still())
+    assert text == expected[0]
+    assert texts == expected[1:]
+    app.wait_idle()
+
+
+def test_evacuated_replica_is_emptied_and_released(app: App) -> None:
+    opened = app.post("replicas").json()["id"]
+    app.wait_ready(3)
+    requests = [body(f"Chapter {i}. He was", 0.0, 300) for i in range(6)]
+
+    async def drained() -> tuple[list[str], str]:
+        async with http() as client:
+            tasks = [asyncio.create_task(read(client, app, request)) for request in requests]
+            while True:
+                state = (await client.get(f"{app.url}/mell/v1/state")).json()
+                busy = [r["id"] for r in state["replicas"] if r["running"] > 0]
+                if opened in busy and sum(r["running"] for r in state["replicas"]) == 6:
+                    break
+                await asyncio.sleep(0.02)
+            answer = await client.post(f"{app.url}/mell/v1/replicas/{opened}/evacuate")
+            assert answer.json()["state"] == "draining"
+            return await asyncio.gather(*tasks), opened
+
+    texts, victim = asyncio.run(drained())
+    app.wait(
+        lambda s: victim not in [r["id"] for r in s["replicas"]], "the replica was not released"
+    )
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        app.actor(victim)
+
+    async def still() -> list[str]:
+        async with http() as client:
+            return await asyncio.gather(*(read(client, app, request) for request in requests))
+
+    assert texts == asyncio.run(still())
+    moves = httpx.get(f"{app.url}/mell/v1/migrations").json()["migrations"]
+    assert [m for m in moves if m["from"] == victim and m["reason"] == "evacuate"]
+    app.wait_idle()
+
+
+def test_killed_replica_s_streams_complete_elsewhere(app: App) -> None:
+    requests = [body(f"Chapter {i}. It was", 0.0, 200) for i in range(6)]
+
+    async def interrupted() -> list[str]:
+        async with http() as client:
+            tasks = [asyncio.create_task(read(client, app, request)) for request in requests]
+            while True:
+                state = (await client.get(f"{app.url}/mell/v1/state")).json()
+                ready = {r["id"]: r for r in state["replicas"] if r["running"] > 0}
+                begun = [r for r in state["requests"] if r["tokens"] > 20]
+                if len(ready) == 2 and len(begun) == 6:
+                    break
+                await asyncio.sleep(0.02)
+            os.kill(next(iter(ready.values()))["pid"], signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    texts = asyncio.run(interrupted())
+
+    async def still() -> list[str]:
+        async with http() as client:
+            return await asyncio.gather(*(read(client, app, request) for request in requests))
+
+    assert texts == asyncio.run(still())
+    app.wait_ready(2)  # the minimum is restored
+    app.wait_idle()
+
+
+def test_greedy_equals_transformers_generate(app: App) -> None:
+    """20 prompts of different lengths at once, chunked prefill, through the whole system."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mell_ray.builtin import model_path
+    from mell_ray.serving.client import connect
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    reference = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    words = tokenizer.encode("She had been walking for an hour and a half when " * 60)
+    prompts = [words[i : i + 3 + 29 * i] for i in range(20)]
+    handle = connect(app.name)._handle
+    pending = [handle.generate.remote(prompt=p, max_tokens=24, temperature=0) for p in prompts]
+    for prompt, response in zip(prompts, pending, strict=True):
+        output = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, use_cache=True
+        )
+        expected = output[0, len(prompt) :].tolist()
+        assert response.result()["choices"][0]["token_ids"] == expected
+
+
+def test_operator_errors(app: App) -> None:
+    missing = app.post("requests/nope/migrate", {"to": None, "mode": "auto"})
+    assert missing.status_code == 404
+    assert "nope" in missing.json()["error"]["message"]
+    assert app.post("replicas/nope/evacuate").status_code == 404
+    wrong = app.post("requests/nope/migrate", {"mode": "teleport"})
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "mode"
+
+
+def kill_serve_actor(prefix: str) -> None:
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["name"].startswith(prefix):
+            ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
+            return
+    raise AssertionError(f"no actor {prefix}")
+
+
+def test_router_may_die(app: App) -> None:
+    """Running streams go on; a new Router finds the replicas and places new requests."""
+    request = body("It is a truth", 0.0, 600)
+
+    async def orphaned() -> tuple[str, str]:
+        async with http() as client:
+            running = asyncio.create_task(read(client, app, request))
+            while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
+                await asyncio.sleep(0.02)
+            kill_serve_actor(f"SERVE_REPLICA::{app.name}#Router")
+            late = await read(client, app, body("Late.", 0.0, 20))
+            return await running, late
+
+    before = {r["id"] for r in app.state()["replicas"]}
+    text, late = asyncio.run(orphaned())
+    assert late
+    assert {r["id"] for r in app.state()["replicas"]} == before
+
+    async def still() -> str:
+        async with http() as client:
+            return await read(client, app, request)
+
+    assert asyncio.run(still()) == text
+    app.wait_idle()
