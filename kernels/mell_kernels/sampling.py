@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 _MASK64 = (1 << 64) - 1
-# Noise of the smallest and largest of the 2**23 uniforms: -log(-log(u)).
-GUMBEL_MIN = -2.82
+# No noise is larger: -log(-log(u)) at the largest of the 2**23 uniforms, rounded up.
 GUMBEL_MAX = 16.64
 
 
@@ -51,7 +50,7 @@ def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         token_ids: int32; broadcasts against ``keys[..., 0]``.
 
     Returns:
-        float32 of the broadcast shape, between ``GUMBEL_MIN`` and ``GUMBEL_MAX``.
+        float32 of the broadcast shape, between -2.82 and ``GUMBEL_MAX``.
     """
     x = _mix(token_ids * _signed32(0x9E3779B9) + keys[..., 0])
     x = _mix(x ^ keys[..., 1])
