@@ -14,7 +14,7 @@ CAPACITY = 9
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Holders come and go; a plain dictionary of what each content should look like is the model."""
+    """Holders come and go; a plain dictionary of who holds what is the model."""
 
     held = Bundle("held")
 
@@ -38,7 +38,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.num_free == free
             return self.hold([])
         blocks = self.pool.allocate(count)
-        assert all(self.pool.refs(block) == 1 and not self.pool.is_cached(block) for block in blocks)
+        assert all(
+            self.pool.refs(block) == 1 and not self.pool.is_cached(block) for block in blocks
+        )
         assert self.pool.num_free == free - count
         return self.hold(blocks)
 

@@ -39,7 +39,9 @@ def expected() -> list[list[int]]:
     [
         pytest.param({"num_gpu_blocks_override": 400, "max_num_seqs": 24}, id="roomy"),
         pytest.param({"num_gpu_blocks_override": 34}, id="preemption"),
-        pytest.param({"num_gpu_blocks_override": 34, "enable_prefix_caching": False}, id="no-cache"),
+        pytest.param(
+            {"num_gpu_blocks_override": 34, "enable_prefix_caching": False}, id="no-cache"
+        ),
         pytest.param({"max_num_batched_tokens": 8}, id="tiny-chunks"),
         pytest.param({"block_size": 16, "num_gpu_blocks_override": 12}, id="block-16"),
     ],
@@ -140,7 +142,9 @@ def test_decodes_are_never_held_up_by_prefills() -> None:
 
 def test_higher_priority_is_admitted_first() -> None:
     subject = engine(max_num_seqs=1, max_num_batched_tokens=64)
-    states = [request(n, PROMPTS[0][:5], 3, arrival_s=i, ignore_eos=True) for i, n in enumerate("abc")]
+    states = [
+        request(n, PROMPTS[0][:5], 3, arrival_s=i, ignore_eos=True) for i, n in enumerate("abc")
+    ]
     states[2].priority = 5
     for state in states:
         subject.add(state)
@@ -251,7 +255,9 @@ def test_stats_and_sequences_tell_what_is_where() -> None:
 def test_capacity_comes_from_the_memory_setting() -> None:
     config = EngineConfig(block_size=16, kv_cache_memory_bytes=1 << 20)
     subject = Engine(tiny(), config)
-    assert subject.block_nbytes == 2 * 2 * 16 * 2 * 8 * 4  # K and V, layers, tokens, heads, dim, fp32
+    assert (
+        subject.block_nbytes == 2 * 2 * 16 * 2 * 8 * 4
+    )  # K and V, layers, tokens, heads, dim, fp32
     assert (subject.capacity_blocks + 1) * subject.block_nbytes == 1 << 20
 
 

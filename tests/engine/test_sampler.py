@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mell_kernels.sampling import GUMBEL_MAX, gumbel, gumbel_argmax, noise_key, ranked_topk
+
 from mell_ray.engine.sampler import Sampled, sample
 from mell_ray.engine.sequence import Sequence
 from mell_ray.engine.types import RequestState, SamplingParams
@@ -46,7 +46,12 @@ def draw(values: torch.Tensor, *seqs: Sequence) -> list[Sampled]:
         (1, 0, (-929909490, 146079144), [2.489569, -0.669287, 0.977264, -0.082189, 0.267029]),
         (0, 1, (1949917470, 1581361928), [-1.305918, -0.112583, -1.660349, 0.269327, 0.644703]),
         (-5, 7, (2078680644, 1161256048), [0.000376, 0.823241, 1.962772, 2.082059, -0.086376]),
-        (2**64 - 1, 100, (-1950722131, -42143125), [0.622215, 1.433114, 1.444790, 0.358465, 3.107035]),
+        (
+            2**64 - 1,
+            100,
+            (-1950722131, -42143125),
+            [0.622215, 1.433114, 1.444790, 0.358465, 3.107035],
+        ),
     ],
 )
 def test_noise_never_changes(
@@ -76,9 +81,7 @@ def test_the_hash_is_lowbias32() -> None:
         x = mix((token * 0x9E3779B9 + key[0]) & 0xFFFFFFFF)
         x = mix(x ^ (key[1] & 0xFFFFFFFF))
         expected.append(-math.log(-math.log(((x >> 9) + 0.5) * 2.0**-23)))
-    drawn = gumbel(
-        torch.tensor([key], dtype=torch.int32), torch.tensor(ids, dtype=torch.int32)
-    )
+    drawn = gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor(ids, dtype=torch.int32))
     assert drawn.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -126,7 +129,9 @@ def plainly(row: torch.Tensor, seq: Sequence) -> int:
     x = row.double().clone()
     output = seq.state.output_token_ids
     for token in set(PROMPT) | set(output):
-        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        x[token] = (
+            x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        )
     for token in set(output):
         x[token] -= p.frequency_penalty * output.count(token) + p.presence_penalty
     for token, bias in p.logit_bias:
@@ -202,9 +207,15 @@ def test_penalties_follow_the_tokens_as_they_come() -> None:
     values = logits(1, scale=0.5)
     for _ in range(12):
         (result,) = draw(values, seq)
-        assert result.token_id == plainly(values[0], sequence(seq.state.output_token_ids, **{
-            "temperature": 0.0, "frequency_penalty": 0.4, "repetition_penalty": 1.2
-        }))
+        assert result.token_id == plainly(
+            values[0],
+            sequence(
+                seq.state.output_token_ids,
+                temperature=0.0,
+                frequency_penalty=0.4,
+                repetition_penalty=1.2,
+            ),
+        )
         seq.append(result.token_id)
     assert len(set(seq.state.output_token_ids)) > 4
 
@@ -251,7 +262,9 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert full.logprobs.logprob == pytest.approx(expected[2, full.token_id].item(), abs=1e-5)
     best = expected[2].topk(4)
     assert [token for token, _ in full.logprobs.top] == best.indices.tolist()
-    assert [value for _, value in full.logprobs.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert [value for _, value in full.logprobs.top] == pytest.approx(
+        best.values.tolist(), abs=1e-5
+    )
 
 
 def test_alternatives_that_tie_come_in_order_of_id() -> None:
