@@ -1,9 +1,11 @@
 """Paged attention and KV copies in plain torch, made for a CPU.
 
 The pool is block-major, ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``. Seen
-as rows of one (layer, K or V, block) each it is a plain matrix, so that gathering the keys and
-values of a sequence for a layer is one ``index_select`` into a workspace that stays in the cache.
-One sequence after the other: batched gathers with a mask read more memory than they save calls.
+as rows of one (block, layer, K or V) each it is a plain matrix, and so it is with rows of one token
+each: the keys and values that a sequence needs in a layer are one ``index_select`` into a workspace
+that stays in the cache. Sequences are served one after the other, since a batched gather of long
+ones reads more memory than it saves calls; decodes that are short enough to fit into the cache
+together are served together.
 """
 
 from __future__ import annotations
@@ -16,37 +18,56 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mell_kernels.metadata import AttentionMetadata
 
+# Decodes are grouped while their gathered KV fits into a typical L2 cache and at least half of it
+# is not padding.
+_GROUP_BYTES = 1 << 20
+
 
 class Workspace:
     """Scratch memory that outlives the steps; fresh pages on each call would cost more than the
-    copy. Grows to the longest sequence seen."""
+    copy. Grows to the most that was ever needed."""
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
 
-    def rows(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """``[count, like.shape[1]]`` of uninitialised memory."""
-        size = count * like.shape[1]
-        if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype != like.dtype:
-            self._buffer = torch.empty(size, dtype=like.dtype)
-        return self._buffer[:size].view(count, like.shape[1])
+    def like(self, count: int, source: torch.Tensor) -> torch.Tensor:
+        """``[count, source.shape[1]]`` of uninitialised memory."""
+        size = count * source.shape[1]
+        if (
+            self._buffer is None
+            or self._buffer.numel() < size
+            or self._buffer.dtype != source.dtype
+        ):
+            self._buffer = torch.empty(size, dtype=source.dtype)
+        return self._buffer[:size].view(count, source.shape[1])
 
 
-class _Span(NamedTuple):
-    """One sequence of the batch, as attention with one window needs it."""
+class _Single(NamedTuple):
+    """One sequence of the batch; its KV is gathered block by block."""
 
     q_start: int
     q_end: int
     num_rows: int  # of the gathered matrix: K blocks, then V blocks
     skip: int  # gathered tokens before the first key in reach
     num_keys: int
-    mask: torch.Tensor | None  # [q, keys] bool, where causality alone does not say it
+    mask: torch.Tensor | None  # [q, keys] to add, where causality alone does not say it
     is_causal: bool
 
 
+class _Group(NamedTuple):
+    """Several decodes at once; their KV is gathered token by token. A shorter one is padded with
+    its own last token, so that nothing stale and nothing of a neighbour can reach its softmax."""
+
+    tokens: torch.Tensor  # [G] rows of the batch
+    num_keys: int  # of the longest
+    mask: torch.Tensor  # [G, 1, 1, keys] to add
+
+
 class _WindowPlan(NamedTuple):
-    spans: list[_Span]
-    rows: list[tuple[torch.Tensor, ...]]  # per layer, per sequence: rows of the pool to gather
+    singles: list[_Single]
+    single_rows: list[tuple[torch.Tensor, ...]]  # per layer, per sequence
+    groups: list[_Group]
+    group_rows: list[tuple[torch.Tensor, ...]]  # per layer, per group
 
 
 class CpuPlan:
@@ -55,17 +76,18 @@ class CpuPlan:
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
         _, layers, _, block_size, kv_heads, head_dim = pool.shape
         self.workspace = workspace
-        self.gather_rows = pool.view(-1, block_size * kv_heads * head_dim)
-        slots = meta.slot_mapping.numpy()
-        first = (slots // block_size) * (layers * 2 * block_size) + slots % block_size
-        steps = np.arange(layers * 2, dtype=np.int64)[:, None] * block_size
-        self.write_rows = torch.from_numpy(first[None, :] + steps).unbind(0)
+        self.block_rows = pool.view(-1, block_size * kv_heads * head_dim)
+        self.token_rows = pool.view(-1, kv_heads * head_dim)
         self._layers = layers
         self._block_size = block_size
         self._cu_seqlens = meta.cu_seqlens_q.tolist()
         self._seq_lens = meta.seq_lens.tolist()
         self._tables = meta.block_tables.numpy()
         self._windows: dict[int | None, _WindowPlan] = {}
+        slots = meta.slot_mapping.numpy()
+        first = (slots // block_size) * (2 * layers * block_size) + slots % block_size
+        steps = np.arange(2 * layers, dtype=np.int64)[:, None] * block_size
+        self.write_rows = torch.from_numpy(first[None, :] + steps).unbind(0)
 
     def window(self, window: int | None) -> _WindowPlan:
         plan = self._windows.get(window)
@@ -74,37 +96,102 @@ class CpuPlan:
         return plan
 
     def _build(self, window: int | None) -> _WindowPlan:
-        spans, tables = [], []
-        for i, kv_len in enumerate(self._seq_lens):
-            span, table = self._span(i, kv_len, window)
-            spans.append(span)
-            tables.append(table)
-        base = np.concatenate(tables)
-        matrix = torch.from_numpy(base[None, :] + 2 * np.arange(self._layers)[:, None])
-        sizes = [span.num_rows for span in spans]
-        return _WindowPlan(spans, [row.split(sizes) for row in matrix.unbind(0)])
+        grouped = self._grouped(window)
+        alone = set(range(len(self._seq_lens))).difference(*grouped)
+        singles = [self._single(i, window) for i in sorted(alone)]
+        groups = [self._group(members, window) for members in grouped]
+        return _WindowPlan(
+            [single for single, _ in singles],
+            self._per_layer([rows for _, rows in singles], 2),
+            [group for group, _ in groups],
+            self._per_layer([rows for _, rows in groups], 2 * self._block_size),
+        )
 
-    def _span(self, i: int, kv_len: int, window: int | None) -> tuple[_Span, np.ndarray]:
+    def _per_layer(self, rows: list[np.ndarray], stride: int) -> list[tuple[torch.Tensor, ...]]:
+        """``rows`` are those of layer 0; every layer's are ``stride`` further."""
+        if not rows:
+            return [()] * self._layers
+        steps = np.arange(self._layers, dtype=np.int64)[:, None] * stride
+        matrix = torch.from_numpy(np.concatenate(rows)[None, :] + steps)
+        return [row.split([len(part) for part in rows]) for row in matrix.unbind(0)]
+
+    def _first_key(self, i: int, window: int | None) -> int:
+        q_len = self._cu_seqlens[i + 1] - self._cu_seqlens[i]
+        first_query = self._seq_lens[i] - q_len
+        return 0 if window is None else max(0, first_query - window + 1)
+
+    def _grouped(self, window: int | None) -> list[list[int]]:
+        """Decodes to serve together, by length; those that would be alone are left out."""
+        decodes = [
+            (self._seq_lens[i] - self._first_key(i, window), i)
+            for i in range(len(self._seq_lens))
+            if self._cu_seqlens[i + 1] - self._cu_seqlens[i] == 1
+        ]
+        limit = _GROUP_BYTES // (2 * self.token_rows.shape[1] * self.token_rows.itemsize)
+        groups: list[list[int]] = []
+        shortest = 0
+        for num_keys, i in sorted(decodes):
+            fits = groups and num_keys <= 2 * shortest
+            if fits and (len(groups[-1]) + 1) * num_keys <= limit:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+                shortest = num_keys
+        return [group for group in groups if len(group) > 1]
+
+    def _group(self, members: list[int], window: int | None) -> tuple[_Group, np.ndarray]:
+        block_size = self._block_size
+        starts = np.array([self._first_key(i, window) for i in members])
+        ends = np.array([self._seq_lens[i] for i in members])
+        num_keys = int((ends - starts).max())
+        positions = starts[:, None] + np.arange(num_keys)
+        inside = positions < ends[:, None]
+        positions = np.minimum(positions, ends[:, None] - 1)
+        blocks = self._tables[np.array(members)[:, None], positions // block_size].astype(np.int64)
+        keys = blocks * (2 * self._layers * block_size) + positions % block_size
+        keys = keys.reshape(-1)
+        mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
+        group = _Group(
+            tokens=torch.tensor([self._cu_seqlens[i] for i in members]),
+            num_keys=num_keys,
+            mask=torch.from_numpy(mask).to(self.token_rows.dtype),
+        )
+        return group, np.concatenate((keys, keys + block_size))
+
+    def _single(self, i: int, window: int | None) -> tuple[_Single, np.ndarray]:
         q_start, q_end = self._cu_seqlens[i], self._cu_seqlens[i + 1]
-        q_len = q_end - q_start
-        first_q = kv_len - q_len  # position of the first query
-        first_key = 0 if window is None else max(0, first_q - window + 1)
+        q_len, kv_len = q_end - q_start, self._seq_lens[i]
+        first_query, first_key = kv_len - q_len, self._first_key(i, window)
         first_block = first_key // self._block_size
         last_block = -(-kv_len // self._block_size)
-        skip = first_key - first_block * self._block_size
         table = self._tables[i, first_block:last_block].astype(np.int64) * (2 * self._layers)
         windowed = window is not None and kv_len > window and q_len > 1
-        is_causal = q_len > 1 and first_q == 0 and not windowed
+        is_causal = q_len > 1 and first_query == 0 and not windowed
         mask = None
         if q_len > 1 and not is_causal:
-            keys = torch.arange(first_key, kv_len)
-            queries = torch.arange(first_q, kv_len)[:, None]
-            mask = keys <= queries
-            if window is not None:
-                mask &= keys > queries - window
-        num_keys = kv_len - first_key
-        span = _Span(q_start, q_end, 2 * len(table), skip, num_keys, mask, is_causal)
-        return span, np.concatenate((table, table + 1))
+            mask = _chunk_mask(first_query, first_key, kv_len, window, self.token_rows.dtype)
+        single = _Single(
+            q_start,
+            q_end,
+            num_rows=2 * len(table),
+            skip=first_key - first_block * self._block_size,
+            num_keys=kv_len - first_key,
+            mask=mask,
+            is_causal=is_causal,
+        )
+        return single, np.concatenate((table, table + 1))
+
+
+def _chunk_mask(
+    first_query: int, first_key: int, end: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Causal, aligned at the bottom right: the last query sees the last key."""
+    keys = torch.arange(first_key, end)
+    queries = torch.arange(first_query, end)[:, None]
+    hidden = keys > queries
+    if window is not None:
+        hidden |= keys <= queries - window
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def write_kv(
@@ -129,41 +216,71 @@ def paged_attention(
 ) -> torch.Tensor:
     _, _, _, _, kv_heads, head_dim = pool.shape
     num_tokens, heads, _ = query.shape
-    grouped = query.view(num_tokens, kv_heads, heads // kv_heads, head_dim)
+    group = heads // kv_heads
+    grouped = query.view(num_tokens, kv_heads, group, head_dim)
     output = torch.empty(grouped.shape, dtype=query.dtype)
-    spans, layer_rows = plan.window(window)
-    by_hand = softcap is not None or sinks is not None
-    for span, rows in zip(spans, layer_rows[layer], strict=True):
-        gathered = plan.workspace.rows(span.num_rows, plan.gather_rows)
-        torch.index_select(plan.gather_rows, 0, rows, out=gathered)
-        # [2, Hk, keys, D]; what the first and last block have outside the span is cut off.
-        kv = gathered.view(2, -1, kv_heads, head_dim)[:, span.skip : span.skip + span.num_keys]
-        keys, values = kv.transpose(1, 2).unbind(0)
-        q = grouped[span.q_start : span.q_end]
-        out = output[span.q_start : span.q_end]
-        if by_hand:
-            out.copy_(_by_hand(q, keys, values, span, scale, softcap, sinks))
-        elif span.q_end - span.q_start == 1:
-            # The heads of a group are the query rows of their one KV head.
-            out.copy_(scaled_dot_product_attention(q, keys[None], values[None], scale=scale))
+    if sinks is not None:
+        sinks = sinks.float().view(kv_heads, group)
+    work = plan.window(window)
+    for single, rows in zip(work.singles, work.single_rows[layer], strict=True):
+        gathered = plan.workspace.like(single.num_rows, plan.block_rows)
+        torch.index_select(plan.block_rows, 0, rows, out=gathered)
+        # [2, keys, Hk, D]; what the first and last block hold outside the span is cut off.
+        kv = gathered.view(2, -1, kv_heads, head_dim)
+        kv = kv[:, single.skip : single.skip + single.num_keys]
+        q = grouped[single.q_start : single.q_end]
+        out = output[single.q_start : single.q_end]
+        if softcap is not None or sinks is not None:
+            out.copy_(_chunk_by_hand(q, kv, single, scale, softcap, sinks))
+        elif single.q_end - single.q_start == 1:
+            keys, values = kv.transpose(1, 2)[:, None].unbind(0)
+            out.copy_(scaled_dot_product_attention(q, keys, values, scale=scale))
         else:
-            out.copy_(_chunk(q, keys, values, span, scale))
+            out.copy_(_chunk(q, kv, single, scale))
+    for many, rows in zip(work.groups, work.group_rows[layer], strict=True):
+        gathered = plan.workspace.like(2 * len(many.tokens) * many.num_keys, plan.token_rows)
+        torch.index_select(plan.token_rows, 0, rows, out=gathered)
+        kv = gathered.view(2, len(many.tokens), many.num_keys, kv_heads, head_dim)
+        keys, values = kv.transpose(2, 3).unbind(0)  # [G, Hk, keys, D]
+        # The heads that share a KV head are its query rows.
+        q = grouped.index_select(0, many.tokens)
+        if softcap is not None or sinks is not None:
+            sink = None if sinks is None else sinks.expand(len(many.tokens), -1, -1)
+            result = _by_hand(q, keys, values, many.mask, scale, softcap, sink)
+        else:
+            result = scaled_dot_product_attention(q, keys, values, many.mask, scale=scale)
+        output.index_copy_(0, many.tokens, result)
     return output.view(num_tokens, heads, head_dim)
 
 
-def _chunk(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: _Span, scale: float
-) -> torch.Tensor:
+def _chunk(q: torch.Tensor, kv: torch.Tensor, single: _Single, scale: float) -> torch.Tensor:
     """KV heads stand in the batch dimension; their groups read the same keys through stride 0."""
-    shape = (-1, q.shape[2], -1, -1)
+    keys, values = kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1).unbind(0)
     result = scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
-        keys[:, None].expand(shape),
-        values[:, None].expand(shape),
-        attn_mask=span.mask,
-        is_causal=span.is_causal,
+        keys,
+        values,
+        attn_mask=single.mask,
+        is_causal=single.is_causal,
         scale=scale,
     )
+    return result.permute(2, 0, 1, 3)
+
+
+def _chunk_by_hand(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    single: _Single,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    mask = single.mask
+    if single.is_causal:
+        mask = _chunk_mask(0, 0, single.num_keys, None, q.dtype)
+    keys, values = kv.transpose(1, 2)[:, :, None].unbind(0)
+    sink = None if sinks is None else sinks[:, :, None].expand(-1, -1, len(q))
+    result = _by_hand(q.permute(1, 2, 0, 3), keys, values, mask, scale, softcap, sink)
     return result.permute(2, 0, 1, 3)
 
 
@@ -171,26 +288,24 @@ def _by_hand(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    span: _Span,
+    mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What SDPA cannot do: soft-capped scores, and a learned sink in each head's softmax."""
-    q_len, kv_heads, group, _ = q.shape
-    scores = torch.matmul(q.permute(1, 2, 0, 3), keys[:, None].transpose(2, 3)).float() * scale
+    """What SDPA cannot do: soft-capped scores, and a learned sink in each row's softmax.
+
+    Shapes are SDPA's; ``sinks`` has that of ``q`` without the last dimension.
+    """
+    scores = torch.matmul(q, keys.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = span.mask
-    if span.is_causal:
-        mask = torch.ones(q_len, span.num_keys, dtype=torch.bool).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     if sinks is not None:
-        sink = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, q_len, 1)
-        scores = torch.cat((scores, sink), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : span.num_keys].to(values.dtype)
-    return torch.matmul(weights, values[:, None]).permute(2, 0, 1, 3)
+        scores = torch.cat((scores, sinks[..., None]), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[-2]]
+    return torch.matmul(weights.to(values.dtype), values)
 
 
 def gather_blocks(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,15 @@ Pure 32-bit integer hashing, so that every implementation gives the same bits.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 _MASK64 = (1 << 64) - 1
-# Noise of the smallest and largest of the 2**23 uniforms: -log(-log(u)).
-GUMBEL_MIN = -2.82
+# No noise is larger: -log(-log(u)) at the largest of the 2**23 uniforms, rounded up.
 GUMBEL_MAX = 16.64
+# Gathering what can win pays only if it is less than this part of the vocabulary.
+_SPARSE_BELOW = 16
+_DENSE_ELEMENTS = 1 << 15
 
 
 def _splitmix64(x: int) -> int:
@@ -51,30 +54,33 @@ def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         token_ids: int32; broadcasts against ``keys[..., 0]``.
 
     Returns:
-        float32 of the broadcast shape, between ``GUMBEL_MIN`` and ``GUMBEL_MAX``.
+        float32 of the broadcast shape, between -2.82 and ``GUMBEL_MAX``.
     """
     x = _mix(token_ids * _signed32(0x9E3779B9) + keys[..., 0])
     x = _mix(x ^ keys[..., 1])
-    u = (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(u))
+    u = ((x >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+    return u.log_().neg_().log_().neg_()
 
 
 def gumbel_argmax(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """``argmax(scores + noise)`` of each row over the whole vocabulary, exactly.
 
-    Noise is drawn only where it can win: the likeliest token's noisy score is a lower bound of the
-    winner's, and no noise exceeds ``GUMBEL_MAX``.
+    Noise is drawn only where it can win, if that is a small part: the likeliest token's noisy score
+    is a lower bound of the winner's, and no noise exceeds ``GUMBEL_MAX``.
 
     Args:
         scores: ``[R, V]`` float32, logits over temperature; ``-inf`` is never drawn.
         keys: ``[R, 2]`` int32.
 
     Returns:
-        ``[R]`` int64 token ids.
+        ``[R]`` int64 token ids, the lowest of equals.
     """
     best, best_ids = scores.max(dim=-1)
     bound = best + gumbel(keys, best_ids.int()) - GUMBEL_MAX
-    rows, ids = (scores >= bound[:, None]).nonzero(as_tuple=True)
+    can_win = scores >= bound[:, None]
+    if int(can_win.sum()) * _SPARSE_BELOW > scores.numel():
+        return _dense_argmax(scores, keys)
+    rows, ids = can_win.nonzero(as_tuple=True)
     noisy = scores[rows, ids] + gumbel(keys[rows], ids.int())
     winner = torch.full_like(best, -torch.inf).scatter_reduce_(0, rows, noisy, "amax")
     wins = noisy == winner[rows]
@@ -82,13 +88,38 @@ def gumbel_argmax(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return result.scatter_reduce_(0, rows[wins], ids[wins], "amin")
 
 
-def ranked_topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``topk`` of each row, sorted by score and, among equal scores in the result, by id.
+def _dense_argmax(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """A few rows at a time, so that the intermediate results stay in a CPU's cache."""
+    rows, vocab = scores.shape
+    token_ids = torch.arange(vocab, dtype=torch.int32, device=scores.device)
+    count = max(1, _DENSE_ELEMENTS // vocab) if scores.device.type == "cpu" else rows
+    parts = [
+        gumbel(keys[i : i + count, None], token_ids).add_(scores[i : i + count]).argmax(dim=-1)
+        for i in range(0, rows, count)
+    ]
+    return torch.cat(parts)
 
-    Which of several tokens that equal the last score are in the result is not defined.
+
+def ranked_topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` best of each row by (score descending, id ascending): values and ids.
+
+    Score and id are packed into one integer whose order is just that, so that ties are settled the
+    same way for every ``count`` and on every device.
     """
-    values, ids = scores.topk(count, dim=-1, sorted=False)
-    ids, order = ids.sort(dim=-1)
-    values = values.gather(-1, order)
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: the two zeros are one score
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    token_ids = torch.arange(scores.shape[1], dtype=torch.int64, device=scores.device)
+    packed = (~rising).long().bitwise_left_shift_(32).bitwise_or_(token_ids)
+    ids = _smallest(packed, count) & 0xFFFFFFFF
+    return scores.gather(-1, ids), ids
+
+
+def _smallest(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` smallest of each row in ascending order. numpy's sort of integers is several
+    times faster than torch's on a CPU."""
+    if packed.device.type != "cpu":
+        return packed.topk(count, dim=-1, largest=False, sorted=True).values
+    array = packed.numpy()
+    if count < array.shape[1]:
+        array = np.partition(array, count - 1, axis=-1)[:, :count]
+    return torch.from_numpy(np.sort(array, axis=-1))

@@ -103,7 +103,10 @@ class _ShapeProbe:
 def _probe(model: PreTrainedModel, config: Any) -> KVShape:
     probe = _ShapeProbe()
     ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-    model(input_ids=ids, position_ids=ids, use_cache=False, batch=probe)
+    try:
+        model(input_ids=ids, position_ids=ids, use_cache=False, batch=probe)
+    except Exception as error:
+        raise _refuse(model, f"a forward with replaced attention fails ({error})") from error
     expected = list(range(config.num_hidden_layers))
     if [layer for layer, _, _ in probe.layers] != expected:
         raise _refuse(model, "not every layer has attention with a KV of its own, once")

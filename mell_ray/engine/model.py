@@ -22,7 +22,6 @@ from mell_ray.errors import ConfigError
 
 # No "flash" in the name: transformers takes any name that contains it for flash attention.
 ATTENTION_NAME = "mell_paged"
-BUILTIN_WEIGHTS = Path(__file__).resolve().parent.parent / "builtin" / "weights"
 
 
 class PagedKV:
@@ -127,7 +126,8 @@ def load_model(
     """Load a model and make sure that it runs correctly on paged KV.
 
     Args:
-        source: a Hugging Face id, a local directory, 'builtin', or a model already built.
+        source: a Hugging Face id, a local directory, 'builtin', or a model already built, which
+            is switched to paged attention in place (with it everything that shares its config).
         config: dtype, revision, max_model_len and block_size are read from it.
 
     Raises:
@@ -159,7 +159,11 @@ def load_model(
 
 
 def _from_pretrained(source: str, config: EngineConfig, device: torch.device) -> PreTrainedModel:
-    path: str | Path = BUILTIN_WEIGHTS if source == BUILTIN_SOURCE else source
+    path: str | Path = source
+    if source == BUILTIN_SOURCE:
+        from mell_ray.builtin import model_path
+
+        path = model_path()
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"

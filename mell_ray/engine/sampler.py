@@ -136,40 +136,39 @@ def _draw_cut(
 ) -> torch.Tensor:
     """Rows limited by top_k or top_p: noise only on what those leave."""
     vocab = scores.shape[1]
-    count = max(p.top_k if p.top_k > 0 else _TOP_P_CANDIDATES for p in params) + 1
-    values, ids, sure = _keep(scores, params, min(count, vocab))
-    if not sure:
-        values, ids, _ = _keep(scores, params, vocab)
+    count = min(vocab, max(p.top_k if p.top_k > 0 else _TOP_P_CANDIDATES for p in params))
+    values, ids, complete = _keep(scores, params, count)
     noisy = values + gumbel(keys[:, None, :], ids.int())
-    return ids.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0]
+    result = ids.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0]
+    rest = (~complete).nonzero()[:, 0]
+    if len(rest) > 0:
+        some = rest.tolist()
+        values, ids, _ = _keep(scores[some], [params[j] for j in some], vocab)
+        noisy = values + gumbel(keys[some, None, :], ids.int())
+        result[some] = ids.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0]
+    return result
 
 
 def _keep(
     scores: torch.Tensor, params: Rows[SamplingParams], count: int
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The ``count`` best scores and ids of each row, ``-inf`` where a limit removes them.
-
-    The flag is False if what a limit keeps may reach beyond those ``count``.
-    """
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The ``count`` best scores and ids of each row, ``-inf`` where a limit removes them, and
+    whether that is all that the row's limits leave."""
     vocab, device = scores.shape[1], scores.device
     values, ids = ranked_topk(scores, count)
-    top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params], device=device)[:, None]
-    keep = torch.arange(count, device=device) < top_k
+    top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params], device=device)
+    keep = torch.arange(count, device=device) < top_k[:, None]
     # top_p sees the distribution that top_k left; without top_k that is the whole vocabulary.
-    total = torch.where(
-        top_k[:, 0] < vocab,
-        values.masked_fill(~keep, -torch.inf).logsumexp(dim=-1),
-        scores.logsumexp(dim=-1),
-    )
+    total = values.masked_fill(~keep, -torch.inf).logsumexp(dim=-1)
+    if count < vocab and any(p.top_k == 0 for p in params):
+        total = torch.where(top_k <= count, total, scores.logsumexp(dim=-1))
     probabilities = (values - total[:, None]).exp()
     before = probabilities.cumsum(dim=-1) - probabilities
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     keep &= (before < top_p) | (top_p == 1.0)
     keep[:, 0] = True
     kept = _min_p(values.masked_fill(~keep, -torch.inf), params)
-    # Where the last score looked at is kept, or ties with one that is, others may belong as well.
-    sure = count == vocab or not bool((kept == values[:, -1:]).any())
-    return kept, ids, sure
+    return kept, ids, (top_k <= count) | (kept[:, -1] == -torch.inf)
 
 
 def _logprobs(
@@ -181,20 +180,11 @@ def _logprobs(
     most = max(params[i].logprobs or 0 for i in rows)
     if most == 0:
         return {i: TokenLogprobs(own[j]) for j, i in enumerate(rows)}
-    values, top = _exact_top(raw, most)
+    best, top = ranked_topk(raw, most)
+    values, tokens = best.tolist(), top.tolist()
     result = {}
     for j, i in enumerate(rows):
         count = params[i].logprobs or 0
-        pairs = zip(top[j][:count], values[j][:count], strict=True)
+        pairs = zip(tokens[j][:count], values[j][:count], strict=True)
         result[i] = TokenLogprobs(own[j], tuple(pairs))
     return result
-
-
-def _exact_top(raw: torch.Tensor, count: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The ``count`` best of each row; ties by id, also where the result ends within a tie."""
-    vocab = raw.shape[1]
-    wider = min(count + 1, vocab)
-    values, ids = ranked_topk(raw, wider)
-    if wider < vocab and bool((values[:, count - 1] == values[:, -1]).any()):
-        values, ids = ranked_topk(raw, vocab)
-    return values[:, :count].tolist(), ids[:, :count].tolist()
