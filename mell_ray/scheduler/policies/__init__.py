@@ -6,10 +6,11 @@ from mell_ray.errors import ConfigError
 from mell_ray.scheduler.policies.base import Context, Policy
 from mell_ray.scheduler.policies.best_fit import BestFit
 from mell_ray.scheduler.policies.first_fit import FirstFit
+from mell_ray.scheduler.policies.tide import Tide
 from mell_ray.scheduler.policies.worst_fit import WorstFit
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (BestFit, FirstFit, WorstFit)
+    policy.name: policy for policy in (Tide, BestFit, FirstFit, WorstFit)
 }
 
 

@@ -67,10 +67,9 @@ def drain(policy: Policy, gpu: Gpu) -> bool:
     movable = gpu.movable()
     if not movable or len(movable) < len(gpu.requests):
         return False
-    draft = Draft(policy.pool)
-    draft.drop(gpu)
+    draft = Draft(policy.pool, leaving=gpu)
     for request in reversed(movable):
-        target = draft.best_fit(request, 0, gpu)
+        target = draft.best_fit(request, 0)
         if target is None:
             return False
         draft.move(request, target)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import islice
 
 from mell_ray.scheduler.state import SLOT_BITS, Gpu, Pool, Request
+
+_SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
 class Draft:
     """Loads as they would be after the drafted moves; the books stay as they are."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, leaving: Gpu | None = None) -> None:
+        """``leaving`` takes nothing in this draft."""
         self._pool = pool
+        self._leaving = leaving
         self.keys = pool.keys.copy()
         self._added: dict[Gpu, tuple[int, int]] = {}  # GPU: (size, requests) added so far
-        self.moves: list[tuple[Request, Gpu]] = []
+        self.moves: dict[Request, Gpu] = {}
         self.moved = 0  # units
+        if leaving is not None and leaving.state == "ready":
+            del self.keys[bisect_left(self.keys, leaving.key)]
 
     def room(self, gpu: Gpu) -> int:
         """As ``Gpu.room`` with the drafted moves done."""
@@ -30,13 +37,23 @@ class Draft:
             room = min(room, gpu.steps.room(present + 1, gpu.load + size))
         return room
 
+    def touched(self, request: Request) -> bool:
+        """Whether the draft moves the request."""
+        return request in self.moves
+
+    def emptiest(self, count: int) -> list[Gpu]:
+        """Up to ``count`` used GPUs with most room."""
+        found = (self._pool.at(key) for key in reversed(self.keys))
+        return list(islice((gpu for gpu in found if gpu.requests), count))
+
     def best_fit(self, request: Request, reserve: int, but: Gpu | None = None) -> Gpu | None:
-        """Least room that suffices among GPUs that have requests; neither ``but`` nor where the
-        request is planned now."""
-        keys, pool = self.keys, self._pool
+        """Least room that suffices among used GPUs; neither ``but`` nor where the request is
+        planned now."""
+        keys, slots = self.keys, self._pool.slots
         position = bisect_left(keys, max(request.need + reserve, 1) << SLOT_BITS)
         while position < len(keys):
-            gpu = pool.at(keys[position])
+            gpu = slots[keys[position] & _SLOT_MASK]
+            assert gpu is not None
             if gpu is not but and gpu is not request.plan and gpu.id not in request.exclude:
                 return gpu if gpu.requests else None
             position += 1
@@ -44,30 +61,23 @@ class Draft:
 
     def move(self, request: Request, gpu: Gpu) -> None:
         """Draft the request to ``gpu``."""
-        self.moves.append((request, gpu))
+        self.moves[request] = gpu
         self.moved += request.need
-        assert request.plan is not None
-        self._change(request.plan, -request.need, -1)
+        if request.plan is not None and request.plan is not self._leaving:
+            self._change(request.plan, -request.need, -1)
         self._change(gpu, request.need, 1)
 
-    def drop(self, gpu: Gpu) -> None:
-        """``gpu`` takes nothing more in this draft."""
-        key = self.room(gpu) << SLOT_BITS | gpu.slot
-        position = bisect_left(self.keys, key)
-        if position < len(self.keys) and self.keys[position] == key:
-            del self.keys[position]
-
     def _change(self, gpu: Gpu, size: int, count: int) -> None:
-        key = self.room(gpu) << SLOT_BITS | gpu.slot
-        position = bisect_left(self.keys, key)
-        indexed = position < len(self.keys) and self.keys[position] == key
-        before = self._added.get(gpu, (0, 0))
-        self._added[gpu] = (before[0] + size, before[1] + count)
-        if indexed:
-            del self.keys[position]
+        before = self._added.get(gpu)
+        if gpu.state == "ready":
+            key = gpu.key if before is None else self.room(gpu) << SLOT_BITS | gpu.slot
+            del self.keys[bisect_left(self.keys, key)]
+        held = before or (0, 0)
+        self._added[gpu] = (held[0] + size, held[1] + count)
+        if gpu.state == "ready":
             insort(self.keys, self.room(gpu) << SLOT_BITS | gpu.slot)
 
     def commit(self, reason: str) -> None:
         """Plan the drafted moves, in their order."""
-        for request, gpu in self.moves:
+        for request, gpu in self.moves.items():
             self._pool.assign(request, gpu, reason)

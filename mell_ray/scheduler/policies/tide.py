@@ -1,0 +1,228 @@
+"""TIDE, the default: pack tightly, pay for voluntary moves out of what idle GPUs have cost.
+
+Placement is best fit with headroom; a request that fits nowhere may displace a smaller one before a
+GPU is opened. Growth that no longer fits sheds the smallest sufficient request. Once an epoch whole
+GPUs are emptied, best fit decreasing with up to two ejections, paid out of a *bank*: the
+GPU-seconds that superfluous GPUs have cost so far, divided by the price of a moved unit (ski
+rental). The headroom that growth needs is found by feedback.
+
+Guarantees:
+
+* Migration budget: price x units moved by consolidation <= integral of superfluous GPUs over time,
+  by construction (``Tide.spent <= Tide.earned``). Superfluous are the most GPUs whose load fits
+  into the room of the others. So consolidation never spends more than idling has already cost.
+* At price 0 and with requests of at most e x C each: if the emptiest GPU cannot be emptied, every
+  other has less than e x C free under its headroom H, so GPUs < sum / ((1 - e) C - H) + 1.
+* Per operation: an arrival plans at most one move besides its own placement. An emptied GPU moves
+  all of its own requests and at most two others, and none if any of its requests has no place.
+* Headroom costs and shedding costs are kept level: within a factor of two of the best fixed
+  headroom under a stationary load.
+
+Sources: best fit decreasing; ski rental; size-cost recourse as in Feldkord et al. (ICALP 2018), by
+which (1 + e) x OPT needs of the order of 1/e moved units per inserted or deleted one. No worst-case
+ratio is claimed for requests larger than C/4. Cost: O(log B) a placement, O(log n + log B) a shed,
+O(B log B) a tick, O(n log B) per GPU considered for emptying, n its requests and B the GPUs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from mell_ray.scheduler.policies.base import Context, Policy
+from mell_ray.scheduler.policies.draft import Draft
+from mell_ray.scheduler.policies.eject import cheapest_ejection
+from mell_ray.scheduler.policies.headroom import Headroom
+from mell_ray.scheduler.state import Gpu, Request
+
+_need = attrgetter("need")
+_MAX_EJECTIONS = 2  # per emptied GPU
+
+
+@dataclass(frozen=True)
+class TideParams:
+    headroom: float | None = None  # share of the capacity kept free for growth; None: found
+    price: float | None = None  # GPU-seconds per moved unit; None: from the cost model
+    candidates: int = 8  # emptiest GPUs considered for emptying or for making room
+    eject_candidates: int = 32  # emptiest GPUs considered for an ejection
+    make_room_s: float = 1.0  # GPU-seconds that a displacement for an arrival may cost
+
+    def __post_init__(self) -> None:
+        if self.headroom is not None and not 0 <= self.headroom < 1:
+            raise ValueError(f"headroom must be a share from 0 to 1, not {self.headroom}")
+        if self.price is not None and self.price < 0:
+            raise ValueError(f"price must be at least 0, not {self.price}")
+        if self.candidates < 1 or self.eject_candidates < 0:
+            raise ValueError("candidates must be at least 1, eject_candidates at least 0")
+
+
+class Tide(Policy):
+    name = "tide"
+    Params = TideParams
+    params: TideParams
+
+    def __init__(self, context: Context, params: Mapping[str, Any]) -> None:
+        super().__init__(context, params)
+        self.bank = 0.0  # GPU-seconds that may be spent on emptying GPUs
+        self.earned = 0.0  # integral of superfluous GPUs
+        self.spent = 0.0  # price x units moved by consolidation
+        self.headroom = Headroom(self.params.headroom)
+
+    def price(self) -> float:
+        """GPU-seconds per moved unit."""
+        return self.context.price() if self.params.price is None else self.params.price
+
+    # --- placement -------------------------------------------------------------------------
+
+    def place(self, request: Request) -> Gpu | None:
+        pool = self.pool
+        gpu = pool.best_fit(request, self.headroom.units, used=True)
+        if gpu is None and self.headroom.units:
+            gpu = pool.best_fit(request, used=True)
+        if gpu is None and self.context.may_move:
+            gpu = self._make_room(request)
+        return gpu if gpu is not None else pool.best_fit(request)
+
+    def _make_room(self, request: Request) -> Gpu | None:
+        """Displace one smaller request; returns the GPU that then has room."""
+        pool = self.pool
+        if sum(max(0, gpu.room()) for gpu in pool.used()) < request.need:
+            return None
+        draft = Draft(pool)
+        emptiest = draft.emptiest(max(self.params.candidates, self.params.eject_candidates))
+        near = emptiest[: self.params.candidates]
+        found = cheapest_ejection(draft, request, near, 0, request.need // 4)
+        if found is None and request.need * 12 >= pool.capacity:
+            largest = request.need - 1
+            price = self.price()
+            if price > 0:
+                largest = min(largest, int(self.params.make_room_s / price))
+            far = emptiest[: self.params.eject_candidates]
+            found = cheapest_ejection(draft, request, far, 0, largest)
+        if found is None:
+            return None
+        ejected, target = found
+        gpu = ejected.plan
+        pool.assign(ejected, target, "make-room")
+        return gpu
+
+    # --- overflow --------------------------------------------------------------------------
+
+    def shed(self, gpu: Gpu) -> int:
+        while gpu.room() < 0 and len(gpu.requests) > 1:
+            movable = gpu.movable()
+            if not movable:
+                return 0
+            victim, target = self._victim(movable, -gpu.room())
+            if target is None:
+                return victim.need
+            self.headroom.shed(victim.need)
+            self.pool.assign(victim, target, "overflow")
+        return 0
+
+    def _victim(self, movable: list[Request], excess: int) -> tuple[Request, Gpu | None]:
+        """Whom to shed, and where to: of the six smallest that suffice, the first that fits
+        elsewhere with headroom; else the smallest."""
+        first = bisect_left(movable, excess, key=_need)
+        enough = movable[first : first + 6] or movable[-1:]
+        for victim in enough:
+            target = self.pool.best_fit(victim, self.headroom.units, used=True)
+            if target is not None:
+                return victim, target
+        return enough[0], self.pool.best_fit(enough[0])
+
+    # --- consolidation ---------------------------------------------------------------------
+
+    def tick(self, elapsed_s: float) -> None:
+        used = self.pool.used()
+        self.headroom.tick(elapsed_s, len(used), self.pool.capacity, self.price())
+        superfluous = self._superfluous(used)
+        if not superfluous:
+            self.bank = 0.0
+            return
+        self.bank += superfluous * elapsed_s
+        self.earned += superfluous * elapsed_s
+        price = self.price()
+        while superfluous > 0:
+            draft = self._cheapest_evacuation(price)
+            if draft is None:
+                break
+            draft.commit("consolidate")
+            self.bank -= price * draft.moved
+            self.spent += price * draft.moved
+            superfluous -= 1
+        self.bank = min(self.bank, 2 * price * self.pool.capacity + elapsed_s)
+
+    def _superfluous(self, used: list[Gpu]) -> int:
+        """The most GPUs whose whole load fits, as if it were liquid, into the others' room."""
+        reserve = self.headroom.units
+        rest = sum(gpu.capacity - reserve - gpu.load for gpu in used)
+        count, liquid = 0, 0
+        for gpu in reversed(used):
+            liquid += gpu.load
+            rest -= gpu.capacity - reserve - gpu.load
+            if liquid > rest:
+                break
+            count += 1
+        return min(count, max(0, len(used) - 1))
+
+    def _cheapest_evacuation(self, price: float) -> Draft | None:
+        """The plan that empties a GPU for the fewest moved units, if the bank can pay it."""
+        best: tuple[int, Draft] | None = None
+        for node_load, gpu in self._candidates():
+            if price * gpu.load > self.bank:
+                continue
+            if best is not None and (node_load, gpu.load) >= (best[0], best[1].moved):
+                continue
+            draft = self._evacuation(gpu)
+            if draft is None or price * draft.moved > self.bank:
+                continue
+            if best is None or (node_load, draft.moved) < (best[0], best[1].moved):
+                best = node_load, draft
+        return best[1] if best is not None else None
+
+    def _candidates(self) -> list[tuple[int, Gpu]]:
+        """(requests on the rest of its node, GPU): first those whose node empties first."""
+        pool = self.pool
+        if not pool.by_node:
+            return [(0, gpu) for gpu in pool.emptiest(self.params.candidates)]
+        rated = [(pool.by_node[g.node] - len(g.requests), g) for g in pool.used()]
+        rated.sort(key=lambda entry: (entry[0], entry[1].load, entry[1].slot))
+        return rated[: self.params.candidates]
+
+    def _evacuation(self, gpu: Gpu) -> Draft | None:
+        """A plan that empties ``gpu`` into the others, largest request first; None: there is
+        none."""
+        movable = gpu.movable()
+        if len(movable) < len(gpu.requests):
+            return None
+        draft = Draft(self.pool, leaving=gpu)
+        reserve = self.headroom.units
+        ejections = 0
+        for request in reversed(movable):
+            target = draft.best_fit(request, reserve)
+            if target is None:
+                if ejections == _MAX_EJECTIONS or request.need * 12 < self.pool.capacity:
+                    return None
+                target = self._eject(draft, request, gpu)
+                if target is None:
+                    return None
+                ejections += 1
+            draft.move(request, target)
+        return draft
+
+    def _eject(self, draft: Draft, request: Request, leaving: Gpu) -> Gpu | None:
+        """Draft one smaller request out of another GPU's way; returns that GPU."""
+        emptiest = draft.emptiest(self.params.eject_candidates)
+        found = cheapest_ejection(
+            draft, request, emptiest, self.headroom.units, request.need - 1, leaving
+        )
+        if found is None:
+            return None
+        ejected, target = found
+        source = ejected.plan
+        draft.move(ejected, target)
+        return source

@@ -1,0 +1,328 @@
+"""Discrete-event simulation: a trace drives the scheduler that is deployed, on a virtual clock.
+
+Requests decode at a constant rate. Once an epoch, in this order: requests that are done end, the
+others report their growth, requests that have arrived since the last epoch are handed over
+(largest first), and the scheduler plans. So between two epochs nothing but growth happens, unless
+GPUs or migrations take time: their ends come at their own moments.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from mell_ray.scheduler import CostConfig, ModelLimits, Scheduler, SchedulerConfig
+from mell_ray.scheduler.events import (
+    AcquireGpu,
+    Arrive,
+    Decision,
+    Event,
+    Finish,
+    GpuReady,
+    Grow,
+    Migrate,
+    MigrationDone,
+    Place,
+    Preempt,
+    Queue,
+    Reject,
+    ReleaseGpu,
+    Tick,
+)
+from mell_ray.simulation.fleet import SimFleet
+from mell_ray.simulation.measure import Meter
+from mell_ray.simulation.transform import prepare
+from mell_ray.simulation.types import EventSink, SimOptions, SimResult, TraceRow
+
+MODEL = "model"
+_UNLIMITED = 1 << 30
+
+
+def simulate(
+    rows: Sequence[TraceRow],
+    options: SimOptions,
+    *,
+    sink: EventSink | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> SimResult:
+    """Run a trace to its end.
+
+    Args:
+        rows: the trace, see ``transform.prepare`` for what ``options`` do to it.
+        sink: gets every event; see ``EventSink``.
+        progress: gets the fraction done, from 0 to 1.
+
+    Raises:
+        ConfigError: unknown policy or policy setting.
+        ValueError: an option that makes no sense.
+    """
+    prepared, dropped = prepare(rows, options)
+    run = Simulation(prepared, options, sink)
+    run.meter.result.dropped = dropped
+    return run.run(progress)
+
+
+def scheduler_config(options: SimOptions) -> SchedulerConfig:
+    """The scheduler's settings for a simulation; sizes are tokens."""
+    unlimited = 1e15  # per second: takes no time
+    cost = CostConfig(
+        bytes_per_token=options.kv_bytes_per_token,
+        link_bytes_per_s=options.link_bytes_per_s or unlimited,
+        link_latency_s=options.link_latency_s,
+        prefill_tokens_per_s=options.prefill_tokens_per_s or 1e9,
+    )
+    maximum = _UNLIMITED if options.max_gpus is None else options.max_gpus
+    return SchedulerConfig(
+        models={MODEL: ModelLimits(options.min_gpus, maximum, options.gpu_tokens)},
+        policy=options.policy,
+        params=options.params,
+        growth_per_tick=options.epoch_tokens,
+        tokens_per_unit=1,
+        spare_gpus=options.spare_gpus,
+        idle_grace_s=options.idle_grace_s,
+        startup_s=options.startup_s,
+        migration_price=options.migration_price,
+        migration_mode="auto" if options.prefill_tokens_per_s else "kv",
+        cost=cost,
+    )
+
+
+class _Live:
+    """A request between arrival and end. Tokens are counted from ``base`` at time ``since``."""
+
+    __slots__ = ("asked", "base", "gpu", "id", "row", "since", "size", "total")
+
+    def __init__(self, row: TraceRow, asked: float) -> None:
+        self.row = row
+        self.id = str(row.request)
+        self.size = row.prompt_tokens
+        self.total = row.prompt_tokens + row.output_tokens
+        self.base = self.size
+        self.since = 0.0
+        self.gpu = ""  # where it runs; "": it waits
+        self.asked = asked  # when the scheduler was given it (again)
+
+
+class Simulation:
+    """One run; ``simulate`` is the way in."""
+
+    def __init__(
+        self, rows: Sequence[TraceRow], options: SimOptions, sink: EventSink | None = None
+    ) -> None:
+        self.options = options
+        self.now = 0.0
+        self.scheduler = Scheduler(scheduler_config(options), seed=options.seed)
+        self.fleet = SimFleet(options)
+        self.meter = Meter(options, rows)
+        self._rows = rows
+        self._next_row = 0
+        self._sink = sink
+        self._live: dict[str, _Live] = {}
+        self._running: dict[str, _Live] = {}
+        self._later: list[tuple[float, int, Event]] = []  # ends of start-ups and migrations
+        self._sequence = 0
+        self._todo: deque[Event] = deque()
+
+    def run(self, progress: Callable[[float], None] | None = None) -> SimResult:
+        epoch, epoch_s = 0, self.options.epoch_s
+        rows = len(self._rows)
+        shown = 0.0
+        while self._next_row < rows or self._live or self._later:
+            at = epoch * epoch_s
+            self._until(at)
+            self._epoch(at)
+            epoch += 1
+            done = (self._next_row - len(self._live)) / rows if rows else 1.0
+            if progress is not None and done >= shown + 0.005:
+                shown = done
+                progress(done)
+        if progress is not None:
+            progress(1.0)
+        self._close_all()
+        return self.meter.finish()
+
+    # --- time ------------------------------------------------------------------------------
+
+    def _until(self, end: float) -> None:
+        """What comes before the next epoch at its own moment."""
+        while self._later and self._later[0][0] <= end:
+            self.now, _, event = heapq.heappop(self._later)
+            self._happen(event)
+        self.now = end
+
+    def _epoch(self, now: float) -> None:
+        self._grow(now)
+        for row in sorted(self._arrivals(now), key=lambda r: (-r.prompt_tokens, r.request)):
+            self._arrive(row)
+        self._happen(Tick())
+        self._do(self.meter.timed(self.scheduler.relieve, now))
+        waiting = [r.size for r in self._live.values() if not r.gpu]
+        self.meter.sample(
+            now,
+            used=self.fleet.used(),
+            billed=self.fleet.billed(),
+            sizes=[r.size for r in self._live.values()],
+            waiting=waiting,
+        )
+
+    def _arrivals(self, now: float) -> list[TraceRow]:
+        first = self._next_row
+        while self._next_row < len(self._rows) and self._rows[self._next_row].arrival_s <= now:
+            self._next_row += 1
+        return list(self._rows[first : self._next_row])
+
+    def _grow(self, now: float) -> None:
+        rate = self.options.decode_tokens_per_s
+        ended: list[_Live] = []
+        sizes: dict[str, int] = {}
+        for id, live in self._running.items():
+            made = int((now - live.since) * rate + 0.01)  # rounded: epochs are exact multiples
+            if made <= 0:
+                continue
+            size = live.base + made
+            if size >= live.total:
+                ended.append(live)
+            elif size != live.size:
+                live.size = size
+                sizes[id] = size
+        for live in ended:
+            self._end(live)
+        if self._sink is not None:
+            for id, size in sizes.items():
+                live = self._live[id]
+                self._emit("grow", request=live.row.request, gpu=live.gpu, tokens=size)
+        self._happen(Grow(sizes))
+
+    # --- events ----------------------------------------------------------------------------
+
+    def _arrive(self, row: TraceRow) -> None:
+        live = _Live(row, self.now)
+        self._live[live.id] = live
+        # The scheduler is not told the output's length, only what a GPU can hold.
+        self._happen(Arrive(live.id, MODEL, live.size, max(live.total, self.options.gpu_tokens)))
+
+    def _end(self, live: _Live) -> None:
+        live.size = live.total
+        self._emit("finish", request=live.row.request, gpu=live.gpu, tokens=live.total)
+        self.fleet.leave(live.gpu)
+        del self._running[live.id]
+        del self._live[live.id]
+        self.meter.finished()
+        self._happen(Finish(live.id))
+
+    def _happen(self, event: Event) -> None:
+        """The scheduler learns of an event; all that follows from it at once is done."""
+        self._todo.append(event)
+        while self._todo:
+            event = self._todo.popleft()
+            if isinstance(event, MigrationDone) and not self._moved(event):
+                continue
+            if isinstance(event, GpuReady):
+                self._emit("gpu_open", gpu=event.gpu, capacity_tokens=event.capacity)
+                self.fleet.opened(event.gpu)
+            self._do(self.meter.timed(self.scheduler.handle, event, self.now))
+
+    def _moved(self, event: MigrationDone) -> bool:
+        """A migration has ended; False if the request has gone meanwhile."""
+        live = self._live.get(event.request)
+        if live is None or live.gpu != event.src:
+            return False
+        live.gpu = event.dst
+        self.fleet.leave(event.src)
+        self.fleet.enter(event.dst)
+        self._emit(
+            "migrate",
+            request=live.row.request,
+            src=event.src,
+            dst=event.dst,
+            tokens=live.size,
+            mode=event.mode,
+        )
+        return True
+
+    def _do(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Place(request, gpu):
+                    self._place(self._live[request], gpu)
+                case Migrate():
+                    self._migrate(decision)
+                case AcquireGpu():
+                    gpu, node = self.fleet.acquire()
+                    ready = GpuReady(
+                        gpu,
+                        MODEL,
+                        self.options.gpu_tokens,
+                        node,
+                        self.options.max_requests_per_gpu or _UNLIMITED,
+                    )
+                    self._after(self.options.startup_s, ready)
+                case ReleaseGpu(gpu):
+                    self._emit("gpu_close", gpu=gpu)
+                    self.fleet.release(gpu)
+                case Preempt(request, gpu):
+                    self._preempt(self._live[request], gpu)
+                case Reject(request):
+                    del self._live[request]
+                    self.meter.result.rejected += 1
+                case Queue():
+                    pass
+
+    def _after(self, seconds: float, event: Event) -> None:
+        if seconds <= 0.0:
+            self._todo.append(event)
+            return
+        self._sequence += 1
+        heapq.heappush(self._later, (self.now + seconds, self._sequence, event))
+
+    def _place(self, live: _Live, gpu: str) -> None:
+        live.gpu = gpu
+        live.base = live.size
+        live.since = self.now + self._prefill_s(live.size)
+        self._running[live.id] = live
+        self.fleet.enter(gpu)
+        self.meter.placed(self.now - live.asked)
+        self._emit("place", request=live.row.request, gpu=gpu, tokens=live.size)
+
+    def _prefill_s(self, tokens: int) -> float:
+        rate = self.options.prefill_tokens_per_s
+        return tokens / rate if rate else 0.0
+
+    def _migrate(self, decision: Migrate) -> None:
+        live = self._live[decision.request]
+        self.meter.started(live.size, decision.mode, decision.reason)
+        if decision.mode == "token":
+            seconds, moved = self._prefill_s(live.size), 0
+        else:
+            moved = live.size * self.options.kv_bytes_per_token
+            link = self.options.link_bytes_per_s
+            seconds = self.options.link_latency_s + (moved / link if link else 0.0)
+        self._after(
+            seconds,
+            MigrationDone(
+                decision.request,
+                decision.src,
+                decision.dst,
+                decision.mode,
+                live.size,
+                moved,
+                seconds,
+            ),
+        )
+
+    def _preempt(self, live: _Live, gpu: str) -> None:
+        self._emit("preempt", request=live.row.request, gpu=gpu, tokens=live.size)
+        self.meter.preempted()
+        self.fleet.leave(gpu)
+        del self._running[live.id]
+        live.gpu = ""
+        live.asked = self.now
+
+    def _close_all(self) -> None:
+        for gpu in self.fleet.open_gpus():
+            self._emit("gpu_close", gpu=gpu)
+
+    def _emit(self, event: str, **fields: object) -> None:
+        if self._sink is not None:
+            self._sink.emit(self.now, event, **fields)
