@@ -6,6 +6,7 @@ Nothing heavy is imported at the top: these modules are read for ``mell-ray --he
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,23 @@ EpochOption = Annotated[
         rich_help_panel=_FLEET,
     ),
 ]
+NodeOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="GPUs of a machine, which is paid for until all of them are given back.",
+        rich_help_panel=_FLEET,
+    ),
+]
+SpreadOption = Annotated[
+    bool,
+    typer.Option(
+        "--spread-ties",
+        help="The trace's clock is coarse: spread arrivals at random up to its next reading.",
+        rich_help_panel=_LOAD,
+    ),
+]
 CompressionOption = Annotated[
     float,
     typer.Option(
@@ -107,14 +125,23 @@ SeedOption = Annotated[
 ]
 
 
-def load_trace(source: str) -> list[TraceRow]:
-    """The rows of a trace file or of a ``synthetic:`` specification."""
+def load_trace(source: str, *, spread_seed: int | None = None) -> list[TraceRow]:
+    """The rows of a trace file or of a ``synthetic:`` specification.
+
+    With ``spread_seed``, equal arrivals are spread (see ``transform.spread_ties``).
+    """
     from mell_ray.simulation import synthetic
     from mell_ray.simulation.trace import read_trace
 
     if source.startswith(synthetic.PREFIX):
-        return synthetic.generate(synthetic.parse_spec(source))
-    return read_trace(source)
+        rows = synthetic.generate(synthetic.parse_spec(source))
+    else:
+        rows = read_trace(source)
+    if spread_seed is None:
+        return rows
+    from mell_ray.simulation.transform import spread_ties
+
+    return spread_ties(rows, random.Random(spread_seed))
 
 
 def trace_name(source: str) -> str:
@@ -214,6 +241,11 @@ def workload_notes(study: Study) -> list[str]:
             f"larger than the {first.options.gpu_tokens:,} KV tokens of a GPU and left out: "
             f"{first.dropped:,} of {first.dropped + first.requests:,} requests"
         )
+    if first.peak_lower_bound <= 2:
+        notes.append(
+            f"the load never needs more than {first.peak_lower_bound} x {study.gpus_per_replica} "
+            "GPUs, so policies can hardly differ; --copies N asks what N times the load would take"
+        )
     for run in study.runs:
         if run.result.rejected:
             notes.append(f"rejected by {run.label}: {run.result.rejected:,} requests")
@@ -227,8 +259,8 @@ def audit(
     """Check an event log against its trace: capacity, completeness, one GPU per request, time.
 
     Needs nothing but the two files: it counts everything again. Exit code 1 where a rule is
-    broken. A run with --copies or --time-compression is checked against the trace that
-    'simulate --save-trace' wrote.
+    broken. A run with --copies, --time-compression or --spread-ties is checked against the trace
+    that 'simulate --save-trace' wrote.
     """
     from mell_ray.simulation.audit import audit as run_audit
     from mell_ray.simulation.eventlog import read_events

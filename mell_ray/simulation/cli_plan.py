@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mell_ray.simulation.study import Assumption, Study
     from mell_ray.simulation.types import SimOptions, TraceRow
 
-DEFAULT_POLICIES = "tide,mell,best-fit,first-fit,worst-fit,llumnix"
-
 _MODEL = "The model"
 _GPU = "The GPU"
 _REPLICA = "The replica: estimates that you may know better"
@@ -46,8 +44,9 @@ def plan(
         ),
     ] = "h100-80g",
     policies: Annotated[
-        str, typer.Option(metavar="P1,P2,...", help="Policies to compare, separated by commas.")
-    ] = DEFAULT_POLICIES,
+        str,
+        typer.Option(metavar="P1,P2,...", help="Policies to compare. Default: all, 'tide' first."),
+    ] = "",
     sweep_prices: Annotated[
         str,
         typer.Option(
@@ -141,7 +140,9 @@ def plan(
     spare_gpus: cli.SpareOption = 0,
     max_gpus: cli.MaxGpusOption = None,
     max_requests_per_gpu: cli.MaxRequestsOption = None,
+    gpus_per_node: cli.NodeOption = 1,
     epoch_tokens: cli.EpochOption = 16,
+    spread_ties: cli.SpreadOption = False,
     time_compression: cli.CompressionOption = 1.0,
     copies: cli.CopiesOption = 1.0,
     seed: cli.SeedOption = 0,
@@ -167,7 +168,7 @@ def plan(
         price_per_hour=gpu_price_per_hour,
     )
     spec = model_spec(model, kv_cache_dtype=kv_cache_dtype, weights_gib=weights_gib)
-    rows = cli.load_trace(trace)
+    rows = cli.load_trace(trace, spread_seed=seed if spread_ties else None)
     given = SizingOverrides(
         gpus_per_replica=gpus_per_replica,
         capacity_tokens=gpu_tokens,
@@ -191,6 +192,7 @@ def plan(
         idle_grace_s=startup_s if idle_grace_s is None else idle_grace_s,
         spare_gpus=spare_gpus,
         max_gpus=max_gpus,
+        gpus_per_node=max(1, gpus_per_node // size.gpus),
         max_requests_per_gpu=max_requests_per_gpu,
         kv_bytes_per_token=round(size.kv_bytes_per_token),
         link_bytes_per_s=size.link_tokens_per_s * size.kv_bytes_per_token,
@@ -226,9 +228,14 @@ def plan(
 
 
 def _policy_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--policies {text!r} names none; for example {DEFAULT_POLICIES}")
+    """The policies named, or all; checked now, not after the first ones have run for minutes."""
+    from mell_ray.scheduler.policies import find_policy, policy_names
+
+    if not text:
+        return sorted(policy_names(), key=lambda name: name != "tide")
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        find_policy(name)
     if len(set(names)) < len(names):
         raise ConfigError(f"--policies {text!r} names one twice")
     return names

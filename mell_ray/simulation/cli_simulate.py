@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mell_ray.simulation import cli
+
+if TYPE_CHECKING:
+    from mell_ray.simulation.types import SimOptions, TraceRow
 
 
 def simulate(
@@ -38,6 +42,7 @@ def simulate(
     spare_gpus: cli.SpareOption = 0,
     max_gpus: cli.MaxGpusOption = None,
     max_requests_per_gpu: cli.MaxRequestsOption = None,
+    gpus_per_node: cli.NodeOption = 1,
     link_tokens_per_s: Annotated[
         float | None,
         typer.Option(
@@ -50,6 +55,7 @@ def simulate(
         float | None,
         typer.Option(metavar="RATE", min=0.001, help="Prefill speed of a GPU. Default: at once."),
     ] = None,
+    spread_ties: cli.SpreadOption = False,
     time_compression: cli.CompressionOption = 1.0,
     copies: cli.CopiesOption = 1.0,
     seed: cli.SeedOption = 0,
@@ -60,6 +66,13 @@ def simulate(
     events: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the event log here (.jsonl or .jsonl.gz)."),
+    ] = None,
+    save_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the trace as it was run, for 'audit' (.csv or .csv.gz).",
+        ),
     ] = None,
 ) -> None:
     """Run one policy on a trace and report GPUs, the lower bound and migrations.
@@ -72,7 +85,7 @@ def simulate(
     from mell_ray.simulation.study import Assumption, Study, summarise
     from mell_ray.simulation.types import SimOptions
 
-    rows = cli.load_trace(trace)
+    rows = cli.load_trace(trace, spread_seed=seed if spread_ties else None)
     kv_bytes = SimOptions(gpu_tokens=1).kv_bytes_per_token
     options = SimOptions(
         gpu_tokens=gpu_tokens,
@@ -85,6 +98,7 @@ def simulate(
         spare_gpus=spare_gpus,
         idle_grace_s=startup_s if idle_grace_s is None else idle_grace_s,
         max_gpus=max_gpus,
+        gpus_per_node=gpus_per_node,
         max_requests_per_gpu=max_requests_per_gpu,
         link_bytes_per_s=None if link_tokens_per_s is None else link_tokens_per_s * kv_bytes,
         prefill_tokens_per_s=prefill_tokens_per_s,
@@ -103,8 +117,20 @@ def simulate(
         study.runs.append(
             cli.run_policy(rows, options, label=policy, sink=sink, progress=start(policy))
         )
+    if save_trace:
+        _save_trace(save_trace, rows, options)
     study.assumptions.append(Assumption("KV tokens per GPU", f"{gpu_tokens:,}", "given"))
     study.notes.extend(cli.workload_notes(study))
     if json_out:
         cli.write_json(study, json_out)
     print_study(study, cli.output_console(stderr=json_out == "-"))
+
+
+def _save_trace(path: Path, rows: list[TraceRow], options: SimOptions) -> None:
+    """Copies are numbered after what is too large is left out; without copies nothing is, or the
+    rows of the file would no longer have the numbers of the log."""
+    from mell_ray.simulation.trace import write_trace
+    from mell_ray.simulation.transform import prepare
+
+    as_run, _ = prepare(rows, replace(options, drop_larger=options.copies != 1.0))
+    write_trace(path, as_run)

@@ -179,7 +179,8 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     own = figures(study, best)
     cards = [(f"{own['billed_gpu_hours']:,.4g}", f"GPU-hours billed with {best.label}")]
     if own["billed_usd"] is not None:
-        cards.append((format_usd(own["billed_usd"]), "at the assumed price"))
+        each = format_usd(own["usd_per_million_tokens"])
+        cards.append((format_usd(own["billed_usd"]), f"{each} a million tokens"))
     cards.append((f"{own['billed_ratio']:.3f} x", "the lower bound"))
     cards.append((f"{own['mean_gpus']:.1f} / {own['peak_gpus']}", "GPUs, mean / peak"))
     moved = own["migrated_bytes"]

@@ -31,9 +31,14 @@ def headline(study: Study) -> str:
         text += f" ({format_usd(own['billed_usd'])})"
     text += f", {own['billed_ratio']:.3f} x the lower bound of {own['lower_bound_gpu_hours']:.4g}."
     others = [run for run in study.runs if run is not best and not run.variant]
-    if others:
-        others.sort(key=lambda run: run.result.billed_gpu_seconds)
-        parts = [f"{100 * saving(best, run):.1f} % less than {run.label}" for run in others]
+    others.sort(key=lambda run: run.result.billed_gpu_seconds)
+    parts = []
+    for run in others:
+        share = f"{100 * saving(best, run):.1f} %"
+        parts.append(
+            f"as much as {run.label}" if share == "0.0 %" else f"{share} less than {run.label}"
+        )
+    if parts:
         text += f" That is {', '.join(parts)}."
     return text
 
@@ -63,7 +68,11 @@ def format_duration(seconds: float) -> str:
 COLUMNS = (
     ("policy", "Scheduling policy."),
     ("GPU-hours", "GPUs that hold requests, integrated over time."),
-    ("x bound", "GPU-hours over the lower bound: 1 is a perfect packing at every instant."),
+    (
+        "x bound",
+        "GPU-hours over the lower bound: 1 is a perfect packing at every instant. The bound counts "
+        "waiting requests too, so where many waited it can be less.",
+    ),
     ("billed", "GPU-hours paid for: starting and idle GPUs included."),
     ("cost", "Billed GPU-hours times the price of a GPU."),
     ("peak GPUs", "Most GPUs open or starting at one time."),

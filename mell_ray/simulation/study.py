@@ -142,6 +142,9 @@ def figures(study: Study, run: Run) -> dict[str, Any]:
         "migration_price": result.options.migration_price,
         "cost_j": result.cost(study.migration_price),
         "billed_usd": None if price is None else billed_hours * price,
+        "usd_per_million_tokens": None
+        if price is None
+        else billed_hours * price / max(result.total_tokens, 1) * 1e6,
         "requests": result.requests,
         "finished": result.finished,
         "rejected": result.rejected,

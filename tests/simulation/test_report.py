@@ -79,6 +79,7 @@ def test_figures_are_in_gpus_bytes_and_dollars() -> None:
     assert own["gpu_hours"] == pytest.approx(22)  # 11 replicas of 2 GPUs for an hour
     assert own["billed_gpu_hours"] == pytest.approx(33)
     assert own["billed_usd"] == pytest.approx(99)
+    assert own["usd_per_million_tokens"] == pytest.approx(99)
     assert own["lower_bound_gpu_hours"] == pytest.approx(20)
     assert own["ratio"] == pytest.approx(1.1)
     assert (own["mean_gpus"], own["peak_gpus"]) == (pytest.approx(22), 24)
@@ -113,6 +114,8 @@ def test_the_headline_names_the_cheapest_policy_and_what_it_saves() -> None:
     assert "50.0 % less than worst-fit" in headline(made)
     made.runs.append(Run("tide @ 0", result("tide", 10 * 3600, 900_000), 1.0, variant=True))
     assert headline(made).startswith("tide bills 33 ")
+    made.runs.append(Run("mell", result("mell", 11 * 3600, 300_000), 1.0))
+    assert "That is as much as mell, 50.0 % less than worst-fit." in headline(made)
 
 
 def test_json_has_every_figure_and_series_and_no_nan() -> None:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mell_ray.cli import app
+from mell_ray.scheduler.policies import policy_names
 
 LOAD = "synthetic:gamma,rate=1,cv=2,duration=120,prompt_median=300,output_median=60,seed=3"
 LLAMA_3_8B = {
@@ -69,7 +70,7 @@ def test_simulate_reports_writes_json_and_a_log_that_passes_the_audit(tmp_path: 
     assert "no rule is broken" in audited.output
 
 
-@pytest.mark.parametrize("policy", ["tide", "mell", "best-fit"])
+@pytest.mark.parametrize("policy", policy_names())
 def test_the_same_command_gives_the_same_log(tmp_path: Path, policy: str) -> None:
     logs = [tmp_path / f"{number}.jsonl" for number in (1, 2)]
     for log in logs:
@@ -92,6 +93,26 @@ def test_requests_larger_than_a_gpu_are_left_out_and_said_so(tmp_path: Path) -> 
     assert "4,000 KV tokens of a GPU and left out: 1 of 3 requests" in result.output
     audited = run_well("audit", trace, log)
     assert "2 requests finished, 1 larger than any GPU" in audited.output
+
+
+@pytest.mark.parametrize(
+    "load",
+    [("--copies", 2.5), ("--time-compression", 2), ("--spread-ties",), ("--copies", 0.5)],
+    ids=lambda load: load[0][2:] + str(load[1:]),
+)
+def test_a_changed_load_is_audited_against_the_saved_trace(
+    tmp_path: Path, load: tuple[object, ...]
+) -> None:
+    trace, log, saved = tmp_path / "t.csv", tmp_path / "log.jsonl", tmp_path / "saved.csv"
+    lines = [f"{3 * (n // 5)},{100 + n},40" for n in range(60)]
+    lines.insert(20, "9,5000,40")  # larger than a GPU
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *lines, ""]))
+    run_well(
+        "simulate", trace, "--gpu-tokens", 1000, "--policy", "best-fit", "--events", log,
+        "--save-trace", saved, *load,
+    )  # fmt: skip
+    assert "no rule is broken" in run_well("audit", saved, log).output
+    assert saved.read_text() != trace.read_text()
 
 
 def test_audit_fails_on_a_log_with_a_line_missing(tmp_path: Path) -> None:
@@ -145,9 +166,9 @@ def test_recorded_trace_end_to_end(recorded_traces: Path, tmp_path: Path) -> Non
         (("simulate", LOAD, "--gpu-tokens", 4000, "--param", "nonsense=1"), "nonsense"),
         (("plan", LOAD, "--model", "./none.json"), "error: --model ./none.json: there is no"),
         (("plan", LOAD, "--model", ".", "--gpu", "abacus"), "--gpu 'abacus' is not in the"),
-        (("plan", LOAD, "--model", ".", "--policies", " , "), "--policies"),
-        (("plan", LOAD, "--model", ".", "--policies", "tide,magic"), "magic"),
-        (("plan", LOAD, "--model", ".", "--policies", "tide,tide"), "names one twice"),
+        (("plan", LOAD, "--model", ".", "--policies", "best-fit,"), "no policy ''"),
+        (("plan", LOAD, "--model", ".", "--policies", "best-fit,magic"), "magic"),
+        (("plan", LOAD, "--model", ".", "--policies", "best-fit,best-fit"), "names one twice"),
         (("plan", LOAD, "--model", ".", "--sweep-prices", "0,free"), "'free' is not a number"),
         (("plan", LOAD, "--model", ".", "--sweep-prices", "-1"), "'-1' is not a price"),
         (("audit", LOAD, "nowhere.jsonl"), "error: event log nowhere.jsonl: cannot read"),
