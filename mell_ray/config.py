@@ -109,7 +109,7 @@ class LLMConfig(_Strict):
 
 
 class PolicyConfig(_Strict):
-    name: str = Field(default="best-fit", description="Scheduling policy.")
+    name: str = Field(default="tide", description="Scheduling policy.")
     params: dict[str, Any] = Field(default_factory=dict, description="The policy's own settings.")
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from mell_ray.config import MellConfig
-from mell_ray.errors import ConfigError
-from mell_ray.scheduler import policy_names
+from mell_ray.scheduler import Scheduler
 from mell_ray.serving.model_source import resolve_source
+from mell_ray.serving.scheduling import scheduler_config
 
 
 def check_config(config: MellConfig) -> None:
-    """Raises ConfigError, naming the setting."""
+    """Raises ConfigError, naming the setting: model sources, the policy and its parameters."""
     for llm in config.llm_configs:
         resolve_source(llm)
-    known = policy_names()
-    if config.mell.policy.name not in known:
-        raise ConfigError(
-            f"mell.policy.name: {config.mell.policy.name!r} is not a policy; "
-            f"choose one of {', '.join(known)}"
-        )
+    Scheduler(scheduler_config(config))

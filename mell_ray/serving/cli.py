@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 import yaml
 
@@ -48,16 +51,27 @@ def serve(
     """Serve the models of a config file and say how to use them. Ctrl-C stops everything."""
     path = config or Path(str(resources.files("mell_ray").joinpath("builtin/local.yaml")))
     settings = _read_config(path)
+    _check_port(settings)
     command = [_script("serve"), "run", str(path)]
     if address is not None:
         command += ["--address", address]
     with tempfile.TemporaryDirectory(prefix="mell-") as scratch:
-        child = subprocess.Popen(command, env=_environment(settings, haproxy, scratch))
+        # A session of its own: Ctrl-C reaches only this process, which then stops Ray in order.
+        child = subprocess.Popen(
+            command,
+            env=_environment(settings, haproxy, scratch),
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
         try:
             _announce(child, settings)
             code = child.wait()
         except KeyboardInterrupt:
             code = _stop(child)
+        finally:
+            _end_leftovers(scratch)
     raise typer.Exit(code)
 
 
@@ -124,6 +138,7 @@ def _environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[
     wanted = {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",  # its files under /tmp/ray keep everything
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_OVERRIDE_RESOURCES": json.dumps({"mell_cpu": _cpu_slots(settings)}),
@@ -132,6 +147,8 @@ def _environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[
         wanted |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{scratch}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{scratch}/admin.sock",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
@@ -139,6 +156,39 @@ def _environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{scratch}/metrics.sock",
         }
     return {**wanted, **os.environ}
+
+
+def _endpoint(settings: dict[str, Any]) -> tuple[str, int]:
+    """Where the server will listen."""
+    http = settings.get("http_options") or {}
+    return str(http.get("host", "127.0.0.1")), int(http.get("port", 8000))
+
+
+def _check_port(settings: dict[str, Any]) -> None:
+    host, port = _endpoint(settings)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"http_options.port: {host}:{port} cannot be used ({error.strerror}); "
+                "stop what listens there or choose another port"
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_leftovers(scratch: str) -> None:
+    """HAProxy outlives a Ray that was killed, and would keep the port."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(scratch in part for part in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def _cpu_slots(settings: dict[str, Any]) -> int:
@@ -159,9 +209,8 @@ def _script(name: str) -> str:
 
 def _announce(child: subprocess.Popen[bytes], settings: dict[str, Any]) -> None:
     """Wait until the server answers, then print what to do next."""
-    http = settings.get("http_options") or {}
-    host = str(http.get("host", "127.0.0.1"))
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
+    host, port = _endpoint(settings)
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     while child.poll() is None:
         try:
             models = _call(url, "/v1/models")["data"]
@@ -199,13 +248,26 @@ or with the openai package:
 """
 
 
+def _heed_interrupts() -> None:
+    """In the child: a shell may have started us with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
 def _stop(child: subprocess.Popen[bytes]) -> int:
-    """Ctrl-C reached the child as well; give it time to shut Ray down."""
+    """Let `serve run` shut Serve and Ray down; a second interrupt, or a minute, ends it at once."""
+    typer.echo("Stopping; this takes some seconds.")
+    child.send_signal(signal.SIGINT)
     try:
-        return child.wait(timeout=60)
+        child.wait(timeout=60)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        child.send_signal(signal.SIGTERM)
-        return child.wait()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    return 0
 
 
 def _call(url: str, path: str, method: str = "GET") -> Any:

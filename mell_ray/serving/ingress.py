@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import time
 import uuid
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-DISCONNECTED = 499  # nginx's status for a client that went away; nobody sees it
+PATIENCE_S = 1.0
+BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 app = FastAPI(title="mell-ray", docs_url="/docs", redoc_url=None)
 
@@ -193,25 +195,42 @@ class Ingress:
         prepared = await self._service.prepare(
             await _json_body(request), chat=chat, request_id=_request_id(request)
         )
-        if not prepared.request.stream:
-            answer = await _unless_disconnected(request, self._service.respond(prepared))
-            if answer is None:
-                return Response(status_code=DISCONNECTED)
-            return JSONResponse(answer)
-        return await self._sse(request, prepared)
+        if prepared.request.stream:
+            return await self._sse(prepared)
+        return await self._whole(prepared)
 
-    async def _sse(self, request: Request, prepared: Prepared) -> Response:
+    async def _sse(self, prepared: Prepared) -> Response:
         """A stream whose first chunk is there already: what fails before it gets its status."""
         chunks = self._service.stream(prepared)
-        first = await _unless_disconnected(request, anext(chunks))
-        if first is None:
+        try:
+            first = await anext(chunks)
+        except BaseException:
             await chunks.aclose()
-            return Response(status_code=DISCONNECTED)
+            raise
         return StreamingResponse(
             _guarded(first, chunks),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
+
+    async def _whole(self, prepared: Prepared) -> Response:
+        """The answer in one piece. Serve cancels this call when the client goes away, but behind
+        HAProxy it learns of that only when something is written: see ``_spaced``."""
+        started = asyncio.Event()
+        work = asyncio.create_task(self._service.respond(prepared, started))
+        if not BEHIND_HAPROXY:
+            return JSONResponse(await work)
+        patience = asyncio.create_task(_after(started, PATIENCE_S))
+        try:
+            await asyncio.wait({work, patience}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return JSONResponse(work.result())
+        except BaseException:
+            work.cancel()
+            raise
+        finally:
+            patience.cancel()
+        return StreamingResponse(_spaced(work), media_type="application/json")
 
 
 def _served_model(llm: LLMConfig) -> ServedModel:
@@ -276,27 +295,20 @@ async def _decoded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[dict[s
                     yield json.loads(data)
 
 
-async def _unless_disconnected(request: Request, work: Any) -> Any:
-    """The result of ``work``; None, with ``work`` cancelled, if the client goes away first."""
-    task = asyncio.ensure_future(_as_coroutine(work))
-    watcher = asyncio.create_task(_disconnected(request))
+async def _after(event: asyncio.Event, seconds: float) -> None:
+    await event.wait()
+    await asyncio.sleep(seconds)
+
+
+async def _spaced(work: asyncio.Task[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The JSON that ``work`` gives, with blanks before it while it is not ready: legal in JSON,
+    and the first that a client which has gone away does not take ends the request."""
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        while not (await asyncio.wait({work}, timeout=PATIENCE_S))[0]:
+            yield b" "
+        yield json.dumps(work.result(), separators=(",", ":")).encode()
     finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])
-
-
-async def _as_coroutine(work: Any) -> Any:
-    return await work
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        work.cancel()
 
 
 # Wrapped here, at the end: Serve copies the app, and with it what its routes refer to, at once.

@@ -53,7 +53,10 @@ def context_length(llm: LLMConfig) -> int:
 
 
 def build_engine(llm: LLMConfig, device: str) -> Engine:
+    from transformers.utils.logging import disable_progress_bar
+
     from mell_ray.engine import Engine, load_model
 
+    disable_progress_bar()
     model = load_model(resolve_source(llm), llm.engine_kwargs, device)
     return Engine(model, llm.engine_kwargs, device)

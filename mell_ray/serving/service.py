@@ -162,8 +162,10 @@ class Service:
         assert isinstance(request, CompletionRequest)
         return plan_completion(request, model.tokenizer, **limits)
 
-    async def respond(self, prepared: Prepared) -> dict[str, Any]:
-        """The whole answer at once."""
+    async def respond(
+        self, prepared: Prepared, started: asyncio.Event | None = None
+    ) -> dict[str, Any]:
+        """The whole answer at once. ``started`` is set when the first token is there."""
         wants_logprobs = prepared.request.num_logprobs is not None
         choices = [
             Choice(generation.choice_index, echo=generation.echo, logprobs=wants_logprobs)
@@ -173,6 +175,8 @@ class Service:
             async for event in events:
                 choices[event.index].add(event.piece)
                 choices[event.index].finish_reason = event.reason
+                if started is not None:
+                    started.set()
         build = (
             chat_response
             if isinstance(prepared.request, ChatCompletionRequest)
