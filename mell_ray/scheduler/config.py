@@ -28,8 +28,9 @@ class ModelLimits:
 class SchedulerConfig:
     """Settings of one scheduler.
 
-    ``growth_per_tick`` is what one running request may grow until the next planning tick; that
-    much is kept free for each, so that growth never meets a full GPU by surprise.
+    ``growth_per_tick`` is what one running request may grow until the next report or planning
+    tick, whichever comes first; that much is kept free for each, so that growth never meets a full
+    GPU by surprise.
     """
 
     models: Mapping[str, ModelLimits]

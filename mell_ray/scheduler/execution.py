@@ -26,29 +26,38 @@ class Executor:
         self.in_flight: dict[Request, None] = {}
 
     def flush(self, out: list[Decision]) -> None:
-        """Start every planned place and move that fits now."""
+        """Start every planned place and move that fits now.
+
+        Those to one GPU start in the order in which they were planned, or beside the room that the
+        earlier ones will take. As each was planned into room that the ones before it leave, the
+        earliest of all can always start: plans never wait for each other in a circle.
+        """
         pool = self._pool
         while pool.retry:
             gpu = next(iter(pool.retry))
             del pool.retry[gpu]
+            owed = 0
             for request in list(gpu.inbound):
-                self._start(request, gpu, out)
+                if not self._start(request, gpu, owed, out):
+                    owed += request.need
 
-    def _start(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
-        if not self.fits(request, gpu):
-            return
+    def _start(self, request: Request, gpu: Gpu, owed: int, out: list[Decision]) -> bool:
+        if not self.fits(request, gpu, owed):
+            return False
         if request.gpu is None:
             self._place(request, gpu, out)
         elif len(self.in_flight) < self._config.max_migrations_in_flight:
             self._depart(request, gpu, out)
         else:
             self._pool.capped[gpu] = None
+            return False
+        return True
 
     @staticmethod
-    def fits(request: Request, gpu: Gpu) -> bool:
-        """Whether ``gpu`` can book the request now."""
+    def fits(request: Request, gpu: Gpu, owed: int = 0) -> bool:
+        """Whether ``gpu`` can book the request now, beside ``owed`` for others."""
         booked = len(gpu.residents) + len(gpu.reserved)
-        return gpu.held + request.need <= gpu.capacity and booked < gpu.max_requests
+        return gpu.held + owed + request.need <= gpu.capacity and booked < gpu.max_requests
 
     def _place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
         del gpu.inbound[request]
@@ -126,3 +135,5 @@ class Executor:
         self._pool.freed = True
         if gpu.inbound:
             self._pool.retry[gpu] = None
+        elif not gpu.held:
+            self._pool.emptied[gpu] = None

@@ -107,6 +107,16 @@ class Fleet:
             if now - gpu.idle_since >= self._config.idle_grace_s:
                 self._release(gpu, out)
 
+    def release_emptied(self, busy: bool, out: list[Decision]) -> None:
+        """GPUs that have just become empty and need not wait for the next tick."""
+        limits, config = self._pool.limits, self._config
+        for gpu in list(self._pool.emptied):
+            surplus = not (busy or config.idle_grace_s or config.spare_gpus)
+            surplus = surplus and self.total() > limits.min_gpus and gpu.state == "ready"
+            if gpu.empty and (surplus or gpu.state == "draining"):
+                self._release(gpu, out)
+        self._pool.emptied.clear()
+
     def _idle(self, now: float, out: list[Decision]) -> list[Gpu]:
         """Empty GPUs that take requests. Those that the operator empties go at once."""
         idle = []

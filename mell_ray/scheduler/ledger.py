@@ -6,7 +6,7 @@ from random import Random
 
 from mell_ray.scheduler.config import ModelLimits, SchedulerConfig
 from mell_ray.scheduler.cost import CostModel
-from mell_ray.scheduler.events import Decision, Preempt, ReleaseGpu
+from mell_ray.scheduler.events import Decision, Preempt
 from mell_ray.scheduler.execution import Executor
 from mell_ray.scheduler.fleet import Fleet
 from mell_ray.scheduler.policies import Context, Policy
@@ -24,11 +24,16 @@ class Ledger:
     policy: Policy  # set by the scheduler, may change
 
     def __init__(
-        self, model: str, limits: ModelLimits, config: SchedulerConfig, cost: CostModel
+        self,
+        model: str,
+        limits: ModelLimits,
+        config: SchedulerConfig,
+        cost: CostModel,
+        known: dict[str, Gpu],
     ) -> None:
         self.config = config
         self.cost = cost
-        self.pool = Pool(model, limits)
+        self.pool = Pool(model, limits, known)
         self.line = WaitingLine()
         self.fleet = Fleet(self.pool, config)
         self.executor = Executor(self.pool, self.line, config, cost)
@@ -171,6 +176,8 @@ class Ledger:
             self.pool.freed = False
             if len(self.line):
                 self._drain(out)
+        if self.pool.emptied:
+            self.fleet.release_emptied(bool(len(self.line)), out)
 
     def _drain(self, out: list[Decision]) -> None:
         failed: list[Request] = []
@@ -245,8 +252,8 @@ class Ledger:
         self.pool.remove(gpu)
         return gone
 
-    def tick(self, now: float, out: list[Decision]) -> list[str]:
-        """The planning epoch; returns the GPUs that were given back."""
+    def tick(self, now: float, out: list[Decision]) -> None:
+        """The planning epoch."""
         last = self._last_tick if self._last_tick is not None else now
         self._last_tick = now
         self._give_up_stale()
@@ -260,9 +267,7 @@ class Ledger:
         if self.config.migration_enabled and not len(self.line):
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
         self.settle(out)
-        first = len(out)
         self.fleet.adjust(now, bool(len(self.line)), out)
-        return [d.gpu for d in out[first:] if isinstance(d, ReleaseGpu)]
 
     def _unplaced(self) -> list[int]:
         return [r.need for r in self.line if r.plan is None]

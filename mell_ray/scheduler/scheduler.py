@@ -80,7 +80,7 @@ class Scheduler:
         self._out: list[Decision] = []
         self._now = 0.0
         for model, limits in config.models.items():
-            self._ledgers[model] = Ledger(model, limits, config, self.cost)
+            self._ledgers[model] = Ledger(model, limits, config, self.cost, self._gpus)
         self.policy_name = ""
         self.set_policy(config.policy, config.params)
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -282,12 +282,11 @@ class Scheduler:
             gpu.steps = StepTimeModel(self.config.tpot_limit_s, self.config.tokens_per_unit)
         ledger.fleet.arrived(self._now)
         ledger.pool.add(gpu)
-        self._gpus[gpu.id] = gpu
         ledger.fit(self._now, self._out)
         ledger.settle(self._out)
 
     def _gpu_lost(self, event: GpuLost) -> None:
-        gpu = self._gpus.pop(event.gpu, None)
+        gpu = self._gpus.get(event.gpu)
         if gpu is None:
             self.ignored += 1
             return
@@ -386,5 +385,4 @@ class Scheduler:
     def _tick(self, event: Tick) -> None:
         del event
         for ledger in self._ledgers.values():
-            for gpu in ledger.tick(self._now, self._out):
-                del self._gpus[gpu]
+            ledger.tick(self._now, self._out)

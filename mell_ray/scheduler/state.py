@@ -135,11 +135,13 @@ class Gpu:
         return room
 
     def movable(self) -> list[Request]:
-        """Requests planned here that a plan may move, smallest first. Do not change the list."""
+        """Requests that run here and are to stay, smallest first. Do not change the list.
+
+        Those that are planned to leave or to come are not planned anew: as each request has one
+        move at a time, plans can be carried out in the order in which they were made.
+        """
         if self._ordered is None:
-            self._ordered = sorted(
-                [r for r in self.requests if r.dst is None and r.gpu is not None], key=_by_need
-            )
+            self._ordered = sorted([r for r in self.requests if r.gpu is self], key=_by_need)
         return self._ordered
 
     def touch(self) -> None:
@@ -153,9 +155,11 @@ class Pool:
     overfull GPUs first, the emptiest last. A query or an update is a bisection.
     """
 
-    def __init__(self, model: str, limits: ModelLimits) -> None:
+    def __init__(self, model: str, limits: ModelLimits, known: dict[str, Gpu]) -> None:
+        """``known``: the GPUs of all models, kept up to date by each pool."""
         self.model = model
         self.limits = limits
+        self._known = known
         self.gpus: dict[str, Gpu] = {}
         self.slots: list[Gpu | None] = []
         self.free_slots: list[int] = []
@@ -164,6 +168,7 @@ class Pool:
         self.by_node: dict[str, int] = {}  # requests planned per node, where nodes are named
         self.retry: dict[Gpu, None] = {}  # GPUs with room freed or plans made: try their inbound
         self.capped: dict[Gpu, None] = {}  # GPUs whose inbound waits for the in-flight limit
+        self.emptied: dict[Gpu, None] = {}  # GPUs that somebody has left
         self.freed = False  # room has been freed since the queue was last tried
 
     # --- GPUs ------------------------------------------------------------------------------
@@ -176,6 +181,7 @@ class Pool:
             gpu.slot = len(self.slots)
             self.slots.append(gpu)
         self.gpus[gpu.id] = gpu
+        self._known[gpu.id] = gpu
         self.index(gpu)
         self.freed = True
 
@@ -183,6 +189,8 @@ class Pool:
         """Forget the GPU; nobody may be on it any more."""
         self.unindex(gpu)
         del self.gpus[gpu.id]
+        del self._known[gpu.id]
+        self.emptied.pop(gpu, None)
         self.slots[gpu.slot] = None
         self.free_slots.append(gpu.slot)
         self.free_slots.sort(reverse=True)

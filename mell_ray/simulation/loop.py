@@ -1,9 +1,9 @@
 """Discrete-event simulation: a trace drives the scheduler that is deployed, on a virtual clock.
 
-Requests decode at a constant rate. Once an epoch, in this order: requests that are done end, the
-others report their growth, requests that have arrived since the last epoch are handed over
-(largest first), and the scheduler plans. So between two epochs nothing but growth happens, unless
-GPUs or migrations take time: their ends come at their own moments.
+Requests decode at a constant rate. At every report, in this order: requests that are done end, the
+others report their growth, and requests that have arrived since the last report are handed over
+(largest first). The scheduler plans once an epoch, at a report. Between two reports nothing but
+growth happens, unless GPUs or migrations take time: their ends come at their own moments.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def scheduler_config(options: SimOptions) -> SchedulerConfig:
         models={MODEL: ModelLimits(options.min_gpus, maximum, options.gpu_tokens)},
         policy=options.policy,
         params=options.params,
-        growth_per_tick=options.epoch_tokens,
+        growth_per_tick=options.growth_tokens,
         tokens_per_unit=1,
         spare_gpus=options.spare_gpus,
         idle_grace_s=options.idle_grace_s,
@@ -125,14 +125,17 @@ class Simulation:
         self._todo: deque[Event] = deque()
 
     def run(self, progress: Callable[[float], None] | None = None) -> SimResult:
-        epoch, epoch_s = 0, self.options.epoch_s
+        step, step_s = 0, self.options.report_s
+        planned = -1  # epoch of the last planning
         rows = len(self._rows)
         shown = 0.0
         while self._next_row < rows or self._live or self._later:
-            at = epoch * epoch_s
+            at = step * step_s
             self._until(at)
-            self._epoch(at)
-            epoch += 1
+            epoch = int(at / self.options.epoch_s + 1e-6)
+            self._report(at, plan=epoch > planned)
+            planned = epoch
+            step += 1
             done = (self._next_row - len(self._live)) / rows if rows else 1.0
             if progress is not None and done >= shown + 0.005:
                 shown = done
@@ -145,17 +148,18 @@ class Simulation:
     # --- time ------------------------------------------------------------------------------
 
     def _until(self, end: float) -> None:
-        """What comes before the next epoch at its own moment."""
+        """What comes before the next report at its own moment."""
         while self._later and self._later[0][0] <= end:
             self.now, _, event = heapq.heappop(self._later)
             self._happen(event)
         self.now = end
 
-    def _epoch(self, now: float) -> None:
+    def _report(self, now: float, *, plan: bool) -> None:
         self._grow(now)
         for row in sorted(self._arrivals(now), key=lambda r: (-r.prompt_tokens, r.request)):
             self._arrive(row)
-        self._happen(Tick())
+        if plan:
+            self._happen(Tick())
         self._do(self.meter.timed(self.scheduler.relieve, now))
         waiting = [r.size for r in self._live.values() if not r.gpu]
         self.meter.sample(
@@ -177,7 +181,7 @@ class Simulation:
         ended: list[_Live] = []
         sizes: dict[str, int] = {}
         for id, live in self._running.items():
-            made = int((now - live.since) * rate + 0.01)  # rounded: epochs are exact multiples
+            made = int((now - live.since) * rate + 0.01)  # rounded: reports are exact multiples
             if made <= 0:
                 continue
             size = live.base + made

@@ -26,8 +26,8 @@ class Meter:
         self._delays: list[float] = []
         self._short = 0.0
         self._demand = 0.0
-        self._every = 1  # epochs per sample of the time series
-        self._epoch = 0
+        self._every = 1  # reports per sample of the time series
+        self._report = 0
         self.result.total_tokens = sum(
             r.prompt_tokens + r.output_tokens
             for r in rows
@@ -68,11 +68,11 @@ class Meter:
     def sample(
         self, now: float, *, used: int, billed: int, sizes: list[int], waiting: list[int]
     ) -> None:
-        """The state after an epoch stands for the time until the next one."""
+        """The state after a report stands for the time until the next one."""
         self._in = self._first_s <= now <= self._last_s
         if not self._in:
             return
-        result, step = self.result, self._options.epoch_s
+        result, step = self.result, self._options.report_s
         volume = volume_bound(sizes, self._options.gpu_tokens)
         l2 = martello_toth_l2(sizes, self._options.gpu_tokens)
         result.duration_s += step
@@ -90,7 +90,7 @@ class Meter:
 
     def _chart(self, now: float, gpus: int, bound: int, tokens: int, queued: int) -> None:
         line = self.result.timeline
-        if self._epoch % self._every == 0:
+        if self._report % self._every == 0:
             line.t.append(now)
             line.gpus.append(gpus)
             line.lower_bound.append(bound)
@@ -102,7 +102,7 @@ class Meter:
                 for column in (line.t, *columns, line.migrated_tokens, line.queued):
                     del column[1::2]
                 self._every *= 2
-        self._epoch += 1
+        self._report += 1
 
     def finish(self) -> SimResult:
         result = self.result

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mell_ray.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class TraceRow:
@@ -28,6 +30,7 @@ class SimOptions:
     params: Mapping[str, Any] = field(default_factory=dict)  # the policy's own settings
     decode_tokens_per_s: float = 30.0  # per request, constant
     epoch_tokens: int = 16  # decoded tokens between two planning ticks
+    report_tokens: int | None = None  # between two reports of growth, ends, arrivals; None: epoch
     migration_price: float = 1e-5  # GPU-seconds that one migrated token costs
     startup_s: float = 0.0  # from asking for a GPU until it takes requests; billed
     spare_gpus: int = 0  # empty GPUs kept ready
@@ -48,9 +51,27 @@ class SimOptions:
     max_samples: int = 4000  # length of the time series at most
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("gpu_tokens", "epoch_tokens", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("decode_tokens_per_s", "time_compression", "copies"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
     @property
     def epoch_s(self) -> float:
         return self.epoch_tokens / self.decode_tokens_per_s
+
+    @property
+    def growth_tokens(self) -> int:
+        """What a request grows between two reports."""
+        report = self.report_tokens or self.epoch_tokens
+        return max(1, min(report, self.epoch_tokens))
+
+    @property
+    def report_s(self) -> float:
+        return self.growth_tokens / self.decode_tokens_per_s
 
 
 class EventSink(Protocol):

@@ -128,7 +128,7 @@ def test_cordoned_gpu_gets_nothing_new_until_it_is_uncordoned() -> None:
 
 
 def test_evacuated_gpu_is_emptied_and_released() -> None:
-    world = make_world(instant_moves=False, max_gpus=2)
+    world = make_world(instant_moves=False, max_gpus=2, idle_grace_s=9)
     world.arrive("a", 60)
     world.arrive("b", 60)
     world.arrive("c", 20)
@@ -311,7 +311,9 @@ def test_gpu_is_not_released_while_a_move_to_it_is_in_flight() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_at_most_so_many_migrations_at_once(limit: int) -> None:
-    world = make_world(instant_moves=False, max_gpus=2, max_migrations_in_flight=limit)
+    world = make_world(
+        instant_moves=False, max_gpus=2, max_migrations_in_flight=limit, idle_grace_s=9
+    )
     world.send(GpuReady("x", "m", 100))
     world.capacity["x"] = 100
     for name in "abcd":

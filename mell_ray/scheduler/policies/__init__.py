@@ -6,11 +6,13 @@ from mell_ray.errors import ConfigError
 from mell_ray.scheduler.policies.base import Context, Policy
 from mell_ray.scheduler.policies.best_fit import BestFit
 from mell_ray.scheduler.policies.first_fit import FirstFit
+from mell_ray.scheduler.policies.llumnix import Llumnix
+from mell_ray.scheduler.policies.mell import Mell
 from mell_ray.scheduler.policies.tide import Tide
 from mell_ray.scheduler.policies.worst_fit import WorstFit
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Tide, BestFit, FirstFit, WorstFit)
+    policy.name: policy for policy in (Tide, Mell, BestFit, FirstFit, WorstFit, Llumnix)
 }
 
 

@@ -46,15 +46,14 @@ class Draft:
         found = (self._pool.at(key) for key in reversed(self.keys))
         return list(islice((gpu for gpu in found if gpu.requests), count))
 
-    def best_fit(self, request: Request, reserve: int, but: Gpu | None = None) -> Gpu | None:
-        """Least room that suffices among used GPUs; neither ``but`` nor where the request is
-        planned now."""
+    def best_fit(self, request: Request, reserve: int) -> Gpu | None:
+        """Least room that suffices among used GPUs; not where the request is planned now."""
         keys, slots = self.keys, self._pool.slots
         position = bisect_left(keys, max(request.need + reserve, 1) << SLOT_BITS)
         while position < len(keys):
             gpu = slots[keys[position] & _SLOT_MASK]
             assert gpu is not None
-            if gpu is not but and gpu is not request.plan and gpu.id not in request.exclude:
+            if gpu is not request.plan and gpu.id not in request.exclude:
                 return gpu if gpu.requests else None
             position += 1
         return None
@@ -76,6 +75,21 @@ class Draft:
         self._added[gpu] = (held[0] + size, held[1] + count)
         if gpu.state == "ready":
             insort(self.keys, self.room(gpu) << SLOT_BITS | gpu.slot)
+
+    def hold(self, gpu: Gpu, size: int) -> None:
+        """Count ``size`` more on the GPU for a request that the draft does not move itself;
+        negative: no more."""
+        self._change(gpu, size, 1 if size > 0 else -1)
+
+    def copy(self) -> Draft:
+        other = Draft.__new__(Draft)
+        other._pool = self._pool
+        other._leaving = self._leaving
+        other.keys = self.keys.copy()
+        other._added = self._added.copy()
+        other.moves = self.moves.copy()
+        other.moved = self.moved
+        return other
 
     def commit(self, reason: str) -> None:
         """Plan the drafted moves, in their order."""

@@ -34,12 +34,12 @@ from typing import Any
 
 from mell_ray.scheduler.policies.base import Context, Policy
 from mell_ray.scheduler.policies.draft import Draft
-from mell_ray.scheduler.policies.eject import cheapest_ejection
+from mell_ray.scheduler.policies.eject import Search, make_way
 from mell_ray.scheduler.policies.headroom import Headroom
 from mell_ray.scheduler.state import Gpu, Request
 
 _need = attrgetter("need")
-_MAX_EJECTIONS = 2  # per emptied GPU
+_MAX_WAYS = 2  # chains of ejections per emptied GPU
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class TideParams:
     price: float | None = None  # GPU-seconds per moved unit; None: from the cost model
     candidates: int = 8  # emptiest GPUs considered for emptying or for making room
     eject_candidates: int = 32  # emptiest GPUs considered for an ejection
+    chain: int = 3  # longest chain of ejections
     make_room_s: float = 1.0  # GPU-seconds that a displacement for an arrival may cost
 
     def __post_init__(self) -> None:
@@ -83,30 +84,23 @@ class Tide(Policy):
         if gpu is None and self.headroom.units:
             gpu = pool.best_fit(request, used=True)
         if gpu is None and self.context.may_move:
-            gpu = self._make_room(request)
+            gpu = self._make_room(request, "make-room")
         return gpu if gpu is not None else pool.best_fit(request)
 
-    def _make_room(self, request: Request) -> Gpu | None:
-        """Displace one smaller request; returns the GPU that then has room."""
+    def _make_room(self, request: Request, reason: str) -> Gpu | None:
+        """Displace smaller requests if that is worth a GPU not opened; returns where there is
+        room then."""
         pool = self.pool
         if sum(max(0, gpu.room()) for gpu in pool.used()) < request.need:
             return None
-        draft = Draft(pool)
-        emptiest = draft.emptiest(max(self.params.candidates, self.params.eject_candidates))
-        near = emptiest[: self.params.candidates]
-        found = cheapest_ejection(draft, request, near, 0, request.need // 4)
-        if found is None and request.need * 12 >= pool.capacity:
-            largest = request.need - 1
-            price = self.price()
-            if price > 0:
-                largest = min(largest, int(self.params.make_room_s / price))
-            far = emptiest[: self.params.eject_candidates]
-            found = cheapest_ejection(draft, request, far, 0, largest)
-        if found is None:
+        price = self.price()
+        budget = self.params.make_room_s / price if price > 0 else float("inf")
+        search = Search(self.params.eject_candidates, self.params.chain, 0)
+        way = make_way(Draft(pool), request, search, budget)
+        if way is None:
             return None
-        ejected, target = found
-        gpu = ejected.plan
-        pool.assign(ejected, target, "make-room")
+        draft, gpu = way
+        draft.commit(reason)
         return gpu
 
     # --- overflow --------------------------------------------------------------------------
@@ -132,7 +126,11 @@ class Tide(Policy):
             target = self.pool.best_fit(victim, self.headroom.units, used=True)
             if target is not None:
                 return victim, target
-        return enough[0], self.pool.best_fit(enough[0])
+        victim = enough[0]
+        target = self.pool.best_fit(victim, used=True)
+        if target is None:
+            target = self._make_room(victim, "overflow")
+        return victim, target or self.pool.best_fit(victim)
 
     # --- consolidation ---------------------------------------------------------------------
 
@@ -172,13 +170,14 @@ class Tide(Policy):
     def _cheapest_evacuation(self, price: float) -> Draft | None:
         """The plan that empties a GPU for the fewest moved units, if the bank can pay it."""
         best: tuple[int, Draft] | None = None
+        budget = self.bank / price if price > 0 else float("inf")
         for node_load, gpu in self._candidates():
-            if price * gpu.load > self.bank:
+            if gpu.load > budget:
                 continue
             if best is not None and (node_load, gpu.load) >= (best[0], best[1].moved):
                 continue
-            draft = self._evacuation(gpu)
-            if draft is None or price * draft.moved > self.bank:
+            draft = self._evacuation(gpu, budget)
+            if draft is None or draft.moved > budget:
                 continue
             if best is None or (node_load, draft.moved) < (best[0], best[1].moved):
                 best = node_load, draft
@@ -193,36 +192,24 @@ class Tide(Policy):
         rated.sort(key=lambda entry: (entry[0], entry[1].load, entry[1].slot))
         return rated[: self.params.candidates]
 
-    def _evacuation(self, gpu: Gpu) -> Draft | None:
+    def _evacuation(self, gpu: Gpu, budget: float) -> Draft | None:
         """A plan that empties ``gpu`` into the others, largest request first; None: there is
         none."""
         movable = gpu.movable()
         if len(movable) < len(gpu.requests):
             return None
         draft = Draft(self.pool, leaving=gpu)
-        reserve = self.headroom.units
-        ejections = 0
+        search = Search(self.params.eject_candidates, self.params.chain, self.headroom.units)
+        ways = 0
         for request in reversed(movable):
-            target = draft.best_fit(request, reserve)
+            target = draft.best_fit(request, search.reserve)
             if target is None:
-                if ejections == _MAX_EJECTIONS or request.need * 12 < self.pool.capacity:
+                ways += 1
+                if ways > _MAX_WAYS or request.need * 12 < self.pool.capacity:
                     return None
-                target = self._eject(draft, request, gpu)
-                if target is None:
+                way = make_way(draft, request, search, budget - draft.moved)
+                if way is None:
                     return None
-                ejections += 1
+                draft, target = way
             draft.move(request, target)
         return draft
-
-    def _eject(self, draft: Draft, request: Request, leaving: Gpu) -> Gpu | None:
-        """Draft one smaller request out of another GPU's way; returns that GPU."""
-        emptiest = draft.emptiest(self.params.eject_candidates)
-        found = cheapest_ejection(
-            draft, request, emptiest, self.headroom.units, request.need - 1, leaving
-        )
-        if found is None:
-            return None
-        ejected, target = found
-        source = ejected.plan
-        draft.move(ejected, target)
-        return source
