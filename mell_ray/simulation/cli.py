@@ -93,6 +93,24 @@ NodeOption = Annotated[
         rich_help_panel=_FLEET,
     ),
 ]
+MeasureFromOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        min=0,
+        max=0.99,
+        help="Leave that first part of the trace out of the sums: the fleet starts from nothing.",
+        rich_help_panel=_LOAD,
+    ),
+]
+DrainOption = Annotated[
+    bool,
+    typer.Option(
+        "--drain/--no-drain",
+        help="Count what happens after the last arrival, while the fleet runs empty.",
+        rich_help_panel=_LOAD,
+    ),
+]
 SpreadOption = Annotated[
     bool,
     typer.Option(

@@ -145,6 +145,8 @@ def plan(
     spread_ties: cli.SpreadOption = False,
     time_compression: cli.CompressionOption = 1.0,
     copies: cli.CopiesOption = 1.0,
+    measure_from: cli.MeasureFromOption = 0.03,
+    drain: cli.DrainOption = False,
     seed: cli.SeedOption = 0,
 ) -> None:
     """For a trace of yours: the GPUs each policy needs, GPU-hours, money, migrations.
@@ -199,6 +201,8 @@ def plan(
         prefill_tokens_per_s=size.prefill_tokens_per_s,
         time_compression=time_compression,
         copies=copies,
+        measure_from_share=measure_from,
+        measure_drain=drain,
         seed=seed,
     )
     study = Study(
@@ -324,6 +328,12 @@ def _assumptions(
             "GPU price an hour", price, "given" if price_given else "assumption: set your own"
         ),
         Assumption("start-up", f"{options.startup_s:g} s, billed", "option --startup-s"),
+        Assumption(
+            "measured",
+            f"from {100 * options.measure_from_share:g} % of the trace to "
+            + ("the end" if options.measure_drain else "the last arrival"),
+            "options --measure-from, --drain",
+        ),
     ]
 
 

@@ -58,6 +58,8 @@ def simulate(
     spread_ties: cli.SpreadOption = False,
     time_compression: cli.CompressionOption = 1.0,
     copies: cli.CopiesOption = 1.0,
+    measure_from: cli.MeasureFromOption = 0.0,
+    drain: cli.DrainOption = True,
     seed: cli.SeedOption = 0,
     json_out: Annotated[
         str | None,
@@ -104,6 +106,8 @@ def simulate(
         prefill_tokens_per_s=prefill_tokens_per_s,
         time_compression=time_compression,
         copies=copies,
+        measure_from_share=measure_from,
+        measure_drain=drain,
         seed=seed,
     )
     study = Study(

@@ -98,7 +98,7 @@ scale. The lower bound of an instant is the larger of total size over capacity, 
 the Martello-Toth L2 bound: no packing of the requests of that instant takes fewer.</figcaption>
 </figure>
 <h2>What migration buys</h2>
-{{ picture(pareto, "GPU-hours against migrated bytes, a point per policy") }}
+{{ picture(pareto, "GPU-hours billed against migrated bytes, a point per policy") }}
 <figcaption>Lower left is better. Nothing on the dotted line is beaten in both
 directions.</figcaption>
 </figure>

@@ -1,4 +1,4 @@
-"""The two pictures of a study, as PNG: GPUs over time, and GPU-hours against migrated bytes.
+"""The two pictures of a study, as PNG: GPUs over time, GPU-hours against migrated bytes.
 
 Drawn with matplotlib's object interface on the Agg canvas: no display, no global state.
 """
@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from mell_ray.simulation.report import reference_run
 from mell_ray.simulation.study import HOUR_S, Run, Study, figures
 
 DPI = 150
@@ -100,7 +101,7 @@ def gpus_over_time(study: Study, theme: Theme = LIGHT) -> bytes:
 
 
 def pareto(study: Study, theme: Theme = LIGHT) -> bytes:
-    """PNG: GPU-hours against what was migrated, a point per run, and the frontier through them.
+    """PNG: GPU-hours billed against what was migrated, a point per run, and the frontier.
 
     The height is the excess over the lower bound on a square-root scale: a load balancer at
     +60 % and two packers at +1 and +2 % are all to be seen.
@@ -113,7 +114,8 @@ def pareto(study: Study, theme: Theme = LIGHT) -> bytes:
     moved = [float(own["migrated_bytes" if in_bytes else "migrated_tokens"]) for own in known]
     scale, unit = _amount_unit(max(moved), in_bytes)
     xs = [amount / scale for amount in moved]
-    ys = [100 * (own["ratio"] - 1) for own in known]
+    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
+    ys = [100 * (own["billed_gpu_hours"] / max(bound, 1e-12) - 1) for own in known]
     widest = max(*xs, 1e-9)
     _dress(axes, theme)
     axes.grid(True, axis="x", color=theme.grid, linewidth=0.8)
@@ -128,11 +130,10 @@ def pareto(study: Study, theme: Theme = LIGHT) -> bytes:
         color, size = _color(run, study, theme), 45 if run.variant else 110
         axes.scatter([x], [y], s=size, color=color, edgecolor=theme.background, zorder=3)
     _label_points(axes, theme, study, xs, ys)
-    bound = known[0]["lower_bound_gpu_hours"]
     _hours_axis(axes, theme, bound)
     axes.set_xlabel(f"migrated ({unit})")
     axes.set_ylabel("above the lower bound (root scale)")
-    _title(axes, theme, f"GPU-hours against migration, lower left is better · {study.title}")
+    _title(axes, theme, f"GPU-hours billed against migration, lower left is better · {study.title}")
     return _png(figure)
 
 
@@ -143,7 +144,7 @@ def _hours_axis(axes: Axes, theme: Theme, bound: float) -> None:
     hours.set_yscale("function", functions=(_root, _square))
     hours.set_ylim(axes.get_ylim())
     hours.set_yticks(ticks, [f"{bound * (1 + tick / 100):,.4g}" for tick in ticks])
-    hours.set_ylabel("GPU-hours (dashed: the lower bound)", color=theme.faint, fontsize=11)
+    hours.set_ylabel("GPU-hours billed (dashed: the lower bound)", color=theme.faint, fontsize=11)
     hours.tick_params(colors=theme.faint, labelsize=10, length=0)
     for spine in hours.spines.values():
         spine.set_visible(False)

@@ -152,6 +152,7 @@ def figures(study: Study, run: Run) -> dict[str, Any]:
         "total_tokens": result.total_tokens,
         "preemptions": result.preemptions,
         "delayed_requests": result.delayed_requests,
+        "delayed_share": result.delayed_requests / max(result.finished, 1),
         "delay_p50_s": result.delay_p50_s,
         "delay_p99_s": result.delay_p99_s,
         "demand_short_share": result.demand_short_share,

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mell_ray.errors import ConfigError
-from mell_ray.simulation.eventlog import event_log, read_events
+from mell_ray.simulation.eventlog import JsonlEventLog, event_log, read_events
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.jsonl.gz"])
@@ -41,3 +45,26 @@ def test_a_broken_log_is_named_with_its_line(tmp_path: Path, text: str, why: str
     path.write_text(text)
     with pytest.raises(ConfigError, match=why):
         list(read_events(path))
+
+
+@given(
+    t=st.floats(0, 1e7, allow_nan=False),
+    number=st.integers(-(10**18), 10**18),
+    text=st.text(max_size=8),
+    share=st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_every_line_is_the_json_of_its_event(
+    t: float, number: int, text: str, share: float
+) -> None:
+    stream = io.StringIO()
+    JsonlEventLog(stream).emit(t, "place", request=number, gpu=text, share=share, known=True)
+    line = stream.getvalue()
+    assert line.count("\n") == 1
+    assert json.loads(line) == {
+        "t": round(t, 6),
+        "event": "place",
+        "request": number,
+        "gpu": text,
+        "share": share,
+        "known": True,
+    }

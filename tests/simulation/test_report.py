@@ -10,7 +10,14 @@ from rich.console import Console
 
 from mell_ray.simulation import plots
 from mell_ray.simulation.html import draw, render_html
-from mell_ray.simulation.report import format_bytes, headline, print_study
+from mell_ray.simulation.report import (
+    bound_cells,
+    format_bytes,
+    headline,
+    policy_cells,
+    print_study,
+    reference_run,
+)
 from mell_ray.simulation.study import (
     Assumption,
     Lengths,
@@ -204,3 +211,15 @@ def test_a_trace_is_summarised() -> None:
 )
 def test_bytes_are_written_in_a_readable_unit(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_waiting_is_told_and_the_bound_is_that_of_the_run_that_waited_least() -> None:
+    made = study()
+    made.runs[0].result.delayed_requests = 20
+    made.runs[0].result.delay_p99_s = 30.0
+    made.runs[0].result.demand_short_share = 0.1
+    made.runs[0].result.lower_bound_gpu_seconds *= 1.1
+    assert reference_run(made) is made.runs[1]
+    assert "20 % of its requests waited for room, p99 30 s of those." in headline(made)
+    assert policy_cells(made, made.runs[0])[-1] == "20 % (30.0 s)"
+    assert bound_cells(made)[:2] == ["lower bound", "20"]
