@@ -13,7 +13,8 @@ from mell_ray.config import MellConfig
 from mell_ray.serving.checks import check_config
 from mell_ray.serving.ingress import HttpIngress
 from mell_ray.serving.migrator import Migrator
-from mell_ray.serving.router import MIGRATOR, Router
+from mell_ray.serving.moves import MIGRATOR
+from mell_ray.serving.router import Router
 
 # A streaming or queued request holds a slot of its deployment for its whole life.
 ROUTER_ONGOING_REQUESTS = 100_000

@@ -42,8 +42,11 @@ class MellClient:
         return getattr(self._handle, method).remote(**first, **fields).result()
 
     def _stream(self, method: str, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        streaming = self._handle.options(stream=True)
-        yield from getattr(streaming, method).remote(**fields)
+        chunks = getattr(self._handle.options(stream=True), method).remote(**fields)
+        try:
+            yield from chunks
+        finally:
+            chunks.cancel()  # left early: the request is dropped
 
 
 def connect(app_name: str = "mell") -> MellClient:

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -48,7 +48,6 @@ class Replica:
     state: ReplicaState = "starting"
     info: ReplicaInfo | None = None
     report: ReplicaReport | None = None
-    sequences: set[str] = field(default_factory=set)  # owned at the last report
 
 
 class Fleet:

@@ -145,6 +145,15 @@ class Ingress:
     async def evacuate(self, replica_id: str) -> Response:
         return JSONResponse(await self._router.call("evacuate", replica_id), 202)
 
+    @app.post("/mell/v1/replicas/{replica_id}/cordon")
+    async def cordon(self, replica_id: str, request: Request) -> Response:
+        body = await _json_object(request)
+        _refuse_unknown(body, {"cordoned"})
+        cordoned = body.get("cordoned", True)
+        if not isinstance(cordoned, bool):
+            raise InvalidRequestError("'cordoned': must be true or false", param="cordoned")
+        return JSONResponse(await self._router.call("cordon", replica_id, cordoned))
+
     @app.post("/mell/v1/replicas")
     async def open_replica(self, request: Request) -> Response:
         body = await _json_object(request)

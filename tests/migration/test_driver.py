@@ -23,7 +23,7 @@ from tests.migration.inprocess import (
 )
 
 PROMPT = [3 + i % 97 for i in range(70)]
-LENGTH = 400
+LENGTH = 240
 
 
 def undisturbed(temperature: float) -> list[int]:
@@ -91,7 +91,7 @@ async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> 
     await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
     track, nodes = pair[0].tracks["r"], pair
     for i, mode in enumerate(modes):
-        at = 40 * (i + 1)
+        at = 30 * (i + 1)
         await until(lambda at=at: len(track.token_ids) >= at, "no progress")
         src, dst = nodes[i % 2], nodes[(i + 1) % 2]
         result = await move(SourceEnd(src), TargetEnd(dst), order(src.name, dst.name, mode))

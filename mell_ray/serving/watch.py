@@ -1,0 +1,163 @@
+"""Replicas as the Router follows them: from birth through their reports to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from mell_ray.errors import FencedError, ServerError
+from mell_ray.scheduler.events import AcquireFailed, GpuLost, GpuReady, StepTime
+from mell_ray.serving.core import Core
+from mell_ray.serving.fleet import Replica
+from mell_ray.serving.ray_errors import unwrap
+
+logger = logging.getLogger(__name__)
+
+REPORT_TIMEOUT_S = 15.0
+REPORT_PAUSE_S = 0.02
+
+
+class Watch:
+    """The replicas of one Router. ``on_hopeless`` is told when a model has no replica left and
+    the last one asked for could not be started."""
+
+    def __init__(self, core: Core, on_hopeless: Callable[[str, ServerError], None]) -> None:
+        self._core = core
+        self._on_hopeless = on_hopeless
+        self.start_errors: dict[str, str] = {}  # by model, of the last start if it failed
+
+    def ready(self, model_id: str) -> list[Replica]:
+        return [
+            replica
+            for replica in self._core.fleet.replicas.values()
+            if replica.model_id == model_id and replica.state != "starting"
+        ]
+
+    async def attach(self) -> None:
+        """Take over what an earlier Router has left, before anything new is placed."""
+        for replica in self._core.fleet.attach():
+            if replica.model_id in self._core.llms:
+                self._join(replica)
+            else:
+                self._core.fleet.kill(replica.replica_id)
+        await self.poll_all()
+
+    async def poll_all(self) -> None:
+        """A fresh report of every replica."""
+        replicas = [r for r in self._core.fleet.replicas.values() if r.info is not None]
+        await asyncio.gather(*(self.poll(replica, 0.0) for replica in replicas))
+
+    async def look_into(self, replica_id: str) -> None:
+        """Make sure that what is believed of a replica is true now."""
+        replica = self._core.fleet.replicas.get(replica_id)
+        if replica is not None and replica.info is not None:
+            await self.poll(replica, 0.0)
+
+    def open(self, model_id: str) -> None:
+        """Ask Ray for one more replica."""
+        self._core.spawn(self._start(self._core.fleet.create(model_id)))
+
+    async def release(self, replica_id: str) -> None:
+        """End an empty replica; if something has arrived there meanwhile it stays."""
+        replica = self._core.fleet.replicas.get(replica_id)
+        if replica is None:
+            return
+        try:
+            empty = await replica.actor.retire.remote(self._core.incarnation)
+        except (RayActorError, RayTaskError):
+            empty = True
+        if empty:
+            logger.info("replica %s released", replica_id)
+            self._core.fleet.kill(replica_id)
+        else:
+            self._join(replica)
+
+    def evict(self, request_id: str, replica_id: str) -> None:
+        """Take a request off its replica; its ingress will ask for another place."""
+        entry = self._core.entry(request_id)
+        replica = self._core.fleet.replicas.get(replica_id)
+        if entry is None or replica is None:
+            return
+        self._core.books[entry.model_id].move(entry, None, time.monotonic(), held=False)
+        call = replica.actor.evict.remote(self._core.incarnation, request_id, entry.generation)
+        self._core.spawn(_tell(replica_id, call))
+
+    async def poll(self, replica: Replica, wait_s: float) -> bool:
+        """One report, entered into the books. False: do not poll this replica again."""
+        try:
+            async with asyncio.timeout(REPORT_TIMEOUT_S + wait_s):
+                report = await replica.actor.report.remote(self._core.incarnation, wait_s)
+        except (RayActorError, TimeoutError) as error:
+            self._lost(replica, error)
+            return False
+        except RayTaskError as error:
+            if isinstance(unwrap(error), FencedError):
+                logger.warning("this Router was replaced; it stops polling")
+            else:
+                self._lost(replica, error)
+            return False
+        replica.report = report
+        book = self._core.books[replica.model_id]
+        now = time.monotonic()
+        for event in book.reconcile(replica.replica_id, replica.model_id, report.sequences, now):
+            self._core.handle(event)
+        if report.step is not None:
+            step = report.step
+            self._core.handle(
+                StepTime(replica.replica_id, step.sequences, step.resident_tokens, step.seconds)
+            )
+        return True
+
+    async def _start(self, replica: Replica) -> None:
+        try:
+            await self._core.fleet.wait_ready(replica)
+        except ServerError as error:
+            logger.error("%s", error)
+            self.start_errors[replica.model_id] = str(error)
+            self._core.handle(AcquireFailed(replica.model_id, str(error)))
+            if not self.ready(replica.model_id):
+                self._on_hopeless(replica.model_id, error)
+            return
+        self.start_errors.pop(replica.model_id, None)
+        self._join(replica)
+
+    def _join(self, replica: Replica) -> None:
+        info = replica.info
+        assert info is not None
+        limit = self._core.llms[replica.model_id].deployment_config.max_ongoing_requests
+        self._core.handle(
+            GpuReady(
+                gpu=replica.replica_id,
+                model=replica.model_id,
+                capacity=info.capacity_blocks,
+                node=info.node_id,
+                max_requests=min(info.max_num_seqs, limit or info.max_num_seqs),
+            )
+        )
+        self._core.spawn(self._follow(replica))
+
+    async def _follow(self, replica: Replica) -> None:
+        while self._core.fleet.replicas.get(replica.replica_id) is replica:
+            if not await self.poll(replica, self._core.settings.epoch_s):
+                return
+            await asyncio.sleep(REPORT_PAUSE_S)
+
+    def _lost(self, replica: Replica, error: BaseException) -> None:
+        if self._core.fleet.replicas.get(replica.replica_id) is not replica:
+            return
+        logger.warning("replica %s is lost: %s", replica.replica_id, type(error).__name__)
+        # A replica that does not answer may still run: make sure that it does not.
+        self._core.fleet.kill(replica.replica_id)
+        self._core.books[replica.model_id].lose_replica(replica.replica_id, time.monotonic())
+        self._core.handle(GpuLost(replica.replica_id))
+
+
+async def _tell(replica_id: str, call: Awaitable[None]) -> None:
+    try:
+        await call
+    except (RayActorError, RayTaskError) as error:
+        logger.warning("replica %s did not take a call: %s", replica_id, error)
