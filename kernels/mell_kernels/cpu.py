@@ -5,7 +5,7 @@ as rows of one (block, layer, K or V) each it is a plain matrix, and so it is wi
 each: the keys and values that a sequence needs in a layer are one ``index_select`` into a workspace
 that stays in the cache. Sequences are served one after the other, since a batched gather of long
 ones reads more memory than it saves calls; decodes that are short enough to fit into the cache
-together are served together.
+together are served together. On another device the same code is right, and slow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Workspace:
             or self._buffer.numel() < size
             or self._buffer.dtype != source.dtype
         ):
-            self._buffer = torch.empty(size, dtype=source.dtype)
+            self._buffer = torch.empty(size, dtype=source.dtype, device=source.device)
         return self._buffer[:size].view(count, source.shape[1])
 
 
@@ -82,12 +82,15 @@ class CpuPlan:
         self._block_size = block_size
         self._cu_seqlens = meta.cu_seqlens_q.tolist()
         self._seq_lens = meta.seq_lens.tolist()
-        self._tables = meta.block_tables.numpy()
+        self._tables = meta.block_tables.cpu().numpy()
         self._windows: dict[int | None, _WindowPlan] = {}
-        slots = meta.slot_mapping.numpy()
+        slots = meta.slot_mapping.cpu().numpy()
         first = (slots // block_size) * (2 * layers * block_size) + slots % block_size
         steps = np.arange(2 * layers, dtype=np.int64)[:, None] * block_size
-        self.write_rows = torch.from_numpy(first[None, :] + steps).unbind(0)
+        self.write_rows = self._send(first[None, :] + steps).unbind(0)
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.block_rows.device)
 
     def window(self, window: int | None) -> _WindowPlan:
         plan = self._windows.get(window)
@@ -112,7 +115,7 @@ class CpuPlan:
         if not rows:
             return [()] * self._layers
         steps = np.arange(self._layers, dtype=np.int64)[:, None] * stride
-        matrix = torch.from_numpy(np.concatenate(rows)[None, :] + steps)
+        matrix = self._send(np.concatenate(rows)[None, :] + steps)
         return [row.split([len(part) for part in rows]) for row in matrix.unbind(0)]
 
     def _first_key(self, i: int, window: int | None) -> int:
@@ -152,9 +155,9 @@ class CpuPlan:
         keys = keys.reshape(-1)
         mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
         group = _Group(
-            tokens=torch.tensor([self._cu_seqlens[i] for i in members]),
+            tokens=self._send(np.array([self._cu_seqlens[i] for i in members])),
             num_keys=num_keys,
-            mask=torch.from_numpy(mask).to(self.token_rows.dtype),
+            mask=self._send(mask).to(self.token_rows.dtype),
         )
         return group, np.concatenate((keys, keys + block_size))
 
@@ -169,7 +172,7 @@ class CpuPlan:
         is_causal = q_len > 1 and first_query == 0 and not windowed
         mask = None
         if q_len > 1 and not is_causal:
-            mask = _chunk_mask(first_query, first_key, kv_len, window, self.token_rows.dtype)
+            mask = _chunk_mask(first_query, first_key, kv_len, window, self.token_rows)
         single = _Single(
             q_start,
             q_end,
@@ -183,15 +186,15 @@ class CpuPlan:
 
 
 def _chunk_mask(
-    first_query: int, first_key: int, end: int, window: int | None, dtype: torch.dtype
+    first_query: int, first_key: int, end: int, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
     """Causal, aligned at the bottom right: the last query sees the last key."""
-    keys = torch.arange(first_key, end)
-    queries = torch.arange(first_query, end)[:, None]
+    keys = torch.arange(first_key, end, device=like.device)
+    queries = torch.arange(first_query, end, device=like.device)[:, None]
     hidden = keys > queries
     if window is not None:
         hidden |= keys <= queries - window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
 def write_kv(
@@ -218,7 +221,7 @@ def paged_attention(
     num_tokens, heads, _ = query.shape
     group = heads // kv_heads
     grouped = query.view(num_tokens, kv_heads, group, head_dim)
-    output = torch.empty(grouped.shape, dtype=query.dtype)
+    output = query.new_empty(grouped.shape)
     if sinks is not None:
         sinks = sinks.float().view(kv_heads, group)
     work = plan.window(window)
@@ -277,7 +280,7 @@ def _chunk_by_hand(
 ) -> torch.Tensor:
     mask = single.mask
     if single.is_causal:
-        mask = _chunk_mask(0, 0, single.num_keys, None, q.dtype)
+        mask = _chunk_mask(0, 0, single.num_keys, None, q)
     keys, values = kv.transpose(1, 2)[:, :, None].unbind(0)
     sink = None if sinks is None else sinks[:, :, None].expand(-1, -1, len(q))
     result = _by_hand(q.permute(1, 2, 0, 3), keys, values, mask, scale, softcap, sink)

@@ -32,7 +32,7 @@ from mell_ray.engine.types import (
     TokenDelta,
 )
 from mell_ray.engine.validation import validate_state
-from mell_ray.errors import ConflictError
+from mell_ray.errors import ConfigError, ConflictError
 
 
 class Engine:
@@ -47,6 +47,8 @@ class Engine:
         self.capacity_blocks = _capacity(model, config)
         self.prefix_root = root_hash(model.name, str(model.kv_shape.dtype), str(config.block_size))
         target = torch.device(device)
+        if target.type != model.device.type:
+            raise ConfigError(f"the engine is for {device}, but its model is on {model.device}")
         if target.type == "cpu":
             torch.set_num_threads(config.num_threads)
         self._model = model

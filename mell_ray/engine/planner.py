@@ -171,7 +171,7 @@ class Planner:
         budget = self._plan_running(plan, self._budget, decodes=True)
         budget = self._plan_running(plan, budget, decodes=False)
         self._admit(plan, budget)
-        self._stalled = not plan.chunks and plan.num_preempted == 0
+        self._stalled = not plan.chunks
         return plan
 
     def _plan_running(self, plan: Plan, budget: int, *, decodes: bool) -> int:
@@ -237,17 +237,17 @@ class Planner:
 
         Blocks for all known tokens are taken at once, so that a prefill never has to stop half
         way, and what the running ones need in their next step is left free, so that nobody is
-        admitted only to be preempted. Nobody is admitted in a step that had to preempt.
+        admitted only to be preempted.
         """
         spare = sum(
             1
             for seq in self.running
             if seq.status == "running" and seq.num_tokens >= len(seq.blocks) * self._block_size
         )
-        while self.waiting and budget > 0 and plan.num_preempted == 0:
+        while self.waiting and budget > 0:
             seq = self.waiting[0]
             try:
-                self.take_room(seq, seq.num_tokens, spare if self.running else 0)
+                self.take_room(seq, seq.num_tokens, spare)
             except OutOfBlocksError:
                 break
             del self.waiting[0]

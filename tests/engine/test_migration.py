@@ -132,7 +132,8 @@ def undo(engines: list[Engine]) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 12])
 def test_first_delta_tells_everything_from_the_start(mode: str, steps: int) -> None:
     """steps: 0 waiting, 1 mid-prefill, 2 the first token is out, 12 mid-decode."""
-    src, dst = engine(), engine()
+    # The first chunk ends within a block.
+    src, dst = engine(max_num_batched_tokens=22), engine()
     client, seen = Client(), Client()
     prompt = PROMPTS[0][:1] * 30
     src.add(request("r", prompt, LENGTH, ignore_eos=True))

@@ -240,10 +240,11 @@ def test_the_lowest_priority_then_the_youngest_is_preempted() -> None:
 
 def test_nobody_is_admitted_only_to_be_preempted_in_the_next_step() -> None:
     planner = make_planner(capacity=3, budget=20)
-    planner.enqueue(make_sequence(0, 8, 9))
+    planner.enqueue(make_sequence(0, 7, 9))
     run(planner, planner.plan())
     planner.enqueue(make_sequence(1, 2, 1, flavour=1))
-    # Request 0 is about to need the last free block.
+    assert planner.pool.num_free == 1
+    # Request 0 fills its second block in this step, and needs a third in the next.
     assert [seq.order for seq, _ in planner.plan().chunks] == [0]
 
 
@@ -259,6 +260,28 @@ def test_a_stalled_planner_has_no_work_until_something_changes() -> None:
     planner.remove(holder)
     assert planner.has_work()
     assert len(planner.plan().chunks) == 1
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+def test_what_belongs_to_a_migration_is_never_preempted(prefill: bool) -> None:
+    planner = make_planner(capacity=4)
+    owner = make_sequence(0, 8, 9)
+    planner.enqueue(owner)
+    run(planner, planner.plan())
+    arriving = make_sequence(1, 7, 9, flavour=1)
+    arriving.status = "reserved"
+    planner.take_room(arriving, 8)
+    if prefill:
+        planner.run(arriving)
+    for _ in range(3):
+        run(planner, planner.plan())
+    assert owner.num_tokens == 9, "it waits"
+    assert len(owner.blocks) == len(arriving.blocks) == 2
+    assert arriving.num_computed == (6 if prefill else 0)
+    assert planner.preemptions == 0
+    planner.remove(arriving)
+    run(planner, planner.plan())
+    assert owner.num_tokens == 10
 
 
 def test_recomputation_after_preemption_hits_the_cache() -> None:
