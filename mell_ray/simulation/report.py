@@ -26,10 +26,12 @@ def headline(study: Study) -> str:
     """The study's result in a sentence or two."""
     best = best_run(study)
     own = figures(study, best)
-    text = f"{best.label} bills {own['billed_gpu_hours']:.4g} GPU-hours"
+    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
+    text = f"{best.label} bills {format_hours(own['billed_gpu_hours'])} GPU-hours"
     if own["billed_usd"] is not None:
         text += f" ({format_usd(own['billed_usd'])})"
-    text += f", {own['billed_ratio']:.3f} x the lower bound of {own['lower_bound_gpu_hours']:.4g}."
+    over = own["billed_gpu_hours"] / max(bound, 1e-12)
+    text += f", {over:.3f} x the lower bound of {format_hours(bound)}."
     others = [run for run in study.runs if run is not best and not run.variant]
     others.sort(key=lambda run: run.result.billed_gpu_seconds)
     parts = []
@@ -55,6 +57,12 @@ def format_bytes(count: float | None) -> str:
         if count >= limit:
             return f"{count / limit:,.1f} {unit}"
     return f"{count / 1024:,.1f} KiB" if count else "0"
+
+
+def format_hours(hours: float) -> str:
+    """Four figures or so, with the same number of decimals for like amounts."""
+    decimals = 1 if hours >= 1000 else 2 if hours >= 10 else 3
+    return f"{hours:,.{decimals}f}"
 
 
 def format_usd(amount: float | None) -> str:
@@ -99,9 +107,9 @@ def policy_cells(study: Study, run: Run) -> list[str]:
         delayed = f"{100 * own['delayed_share']:.2g} % ({own['delay_p99_s']:.1f} s)"
     return [
         run.label,
-        f"{own['gpu_hours']:,.4g}",
+        format_hours(own["gpu_hours"]),
         f"{own['ratio']:.3f}",
-        f"{own['billed_gpu_hours']:,.4g}",
+        format_hours(own["billed_gpu_hours"]),
         format_usd(own["billed_usd"]),
         f"{own['peak_gpus']:,}",
         f"{own['migrations']:,}",
@@ -128,7 +136,7 @@ def bound_cells(study: Study) -> list[str]:
     cost = None
     if study.gpu_price_per_hour is not None:
         cost = own["lower_bound_gpu_hours"] * study.gpu_price_per_hour
-    hours = f"{own['lower_bound_gpu_hours']:,.4g}"
+    hours = format_hours(own["lower_bound_gpu_hours"])
     cells = ["lower bound", hours, "1.000", hours, format_usd(cost)]
     return cells + [f"{own['peak_lower_bound_gpus']:,}"] + [""] * (len(COLUMNS) - 6)
 
