@@ -42,12 +42,16 @@ def headline(study: Study) -> str:
         )
     if parts:
         text += f" That is {', '.join(parts)}."
-    if own["delayed_share"] >= 0.01:
+    if own["delayed_share"] >= 0.01 and own["delay_p99_s"] >= _NOTABLE_WAIT_S:
         text += (
             f" {100 * own['delayed_share']:.0f} % of its requests waited for room, "
-            f"p99 {own['delay_p99_s']:.0f} s of those."
+            f"p99 {format_wait(own['delay_p99_s'])} of those."
         )
     return text
+
+
+def format_wait(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
 
 
 def format_bytes(count: float | None) -> str:
@@ -77,6 +81,8 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
+_NOTABLE_WAIT_S = 0.5  # shorter waits, such as for a migration that makes room, nobody notices
+
 #: (heading, its meaning) of the policy table, in order; cells come from `policy_cells`.
 COLUMNS = (
     ("policy", "Scheduling policy."),
@@ -104,7 +110,7 @@ def policy_cells(study: Study, run: Run) -> list[str]:
     moved = own["migrated_bytes"]
     delayed = "0"
     if own["delayed_requests"]:
-        delayed = f"{100 * own['delayed_share']:.2g} % ({own['delay_p99_s']:.1f} s)"
+        delayed = f"{100 * own['delayed_share']:.2g} % ({format_wait(own['delay_p99_s'])})"
     return [
         run.label,
         format_hours(own["gpu_hours"]),

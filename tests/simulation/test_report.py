@@ -220,6 +220,9 @@ def test_waiting_is_told_and_the_bound_is_that_of_the_run_that_waited_least() ->
     made.runs[0].result.demand_short_share = 0.1
     made.runs[0].result.lower_bound_gpu_seconds *= 1.1
     assert reference_run(made) is made.runs[1]
-    assert "20 % of its requests waited for room, p99 30 s of those." in headline(made)
+    assert "20 % of its requests waited for room, p99 30.0 s of those." in headline(made)
     assert policy_cells(made, made.runs[0])[-1] == "20 % (30.0 s)"
     assert bound_cells(made)[:2] == ["lower bound", "20.00"]
+    made.runs[0].result.delay_p99_s = 0.04
+    assert "waited" not in headline(made)
+    assert policy_cells(made, made.runs[0])[-1] == "20 % (40 ms)"
