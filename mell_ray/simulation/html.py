@@ -10,7 +10,6 @@ from markupsafe import Markup
 from mell_ray.simulation import plots
 from mell_ray.simulation.report import (
     COLUMNS,
-    best_run,
     bound_cells,
     format_bytes,
     format_duration,
@@ -19,9 +18,8 @@ from mell_ray.simulation.report import (
     has_column,
     headline,
     policy_cells,
-    reference_run,
 )
-from mell_ray.simulation.study import Study, figures
+from mell_ray.simulation.study import Study, best_run, billed_over_bound, figures
 
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -183,8 +181,7 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     if own["billed_usd"] is not None:
         each = format_usd(own["usd_per_million_tokens"])
         cards.append((format_usd(own["billed_usd"]), f"{each} a million tokens"))
-    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
-    over = own["billed_gpu_hours"] / max(bound, 1e-12)
+    _, over = billed_over_bound(study, best)
     cards.append((f"{over:.3f} x", "the lower bound"))
     cards.append((f"{own['mean_gpus']:.1f} / {own['peak_gpus']}", "GPUs, mean / peak"))
     moved = own["migrated_bytes"]

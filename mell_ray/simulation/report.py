@@ -8,29 +8,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from mell_ray.simulation.hardware import GIB
-from mell_ray.simulation.study import HOUR_S, Run, Study, figures
-
-
-def best_run(study: Study) -> Run:
-    """The policy that bills least; of equals the one that moves least, then the first."""
-    runs = [run for run in study.runs if not run.variant]
-    return min(runs, key=lambda run: (run.result.billed_gpu_seconds, run.result.migrated_tokens))
-
-
-def saving(run: Run, other: Run) -> float:
-    """The share of ``other``'s billed GPU-hours that ``run`` does without."""
-    return 1 - run.result.billed_gpu_seconds / max(other.result.billed_gpu_seconds, 1e-12)
+from mell_ray.simulation.study import (
+    HOUR_S,
+    Run,
+    Study,
+    best_run,
+    billed_over_bound,
+    figures,
+    reference_run,
+    saving,
+)
 
 
 def headline(study: Study) -> str:
     """The study's result in a sentence or two."""
     best = best_run(study)
     own = figures(study, best)
-    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
+    bound, over = billed_over_bound(study, best)
     text = f"{best.label} bills {format_hours(own['billed_gpu_hours'])} GPU-hours"
     if own["billed_usd"] is not None:
         text += f" ({format_usd(own['billed_usd'])})"
-    over = own["billed_gpu_hours"] / max(bound, 1e-12)
     text += f", {over:.3f} x the lower bound of {format_hours(bound)}."
     others = [run for run in study.runs if run is not best and not run.variant]
     others.sort(key=lambda run: run.result.billed_gpu_seconds)
@@ -94,7 +91,7 @@ COLUMNS = (
     ),
     ("billed", "GPU-hours paid for: starting and idle GPUs included."),
     ("cost", "Billed GPU-hours times the price of a GPU."),
-    ("peak GPUs", "Most GPUs open or starting at one time."),
+    ("peak GPUs", "Most GPUs that held requests at one time."),
     ("migrations", "Requests moved while they ran."),
     ("moved", "KV moved (tokens where the size of a token is not known)."),
     ("per token", "Tokens moved per token of prompt and output."),
@@ -125,15 +122,6 @@ def policy_cells(study: Study, run: Run) -> list[str]:
         f"{own['preemptions']:,}",
         delayed,
     ]
-
-
-def reference_run(study: Study) -> Run:
-    """The run whose lower bound stands for the load: the one in which requests waited least.
-
-    The bound is taken over the requests present at an instant, so each run has its own where
-    requests wait; they are the same where none do.
-    """
-    return min(study.runs, key=lambda run: run.result.demand_short_share)
 
 
 def bound_cells(study: Study) -> list[str]:

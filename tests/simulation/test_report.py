@@ -16,7 +16,6 @@ from mell_ray.simulation.report import (
     headline,
     policy_cells,
     print_study,
-    reference_run,
 )
 from mell_ray.simulation.study import (
     Assumption,
@@ -27,6 +26,7 @@ from mell_ray.simulation.study import (
     as_json,
     figures,
     percentile,
+    reference_run,
     summarise,
 )
 from mell_ray.simulation.types import SimOptions, SimResult, Timeline, TraceRow
