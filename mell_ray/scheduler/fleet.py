@@ -10,6 +10,7 @@ from mell_ray.scheduler.state import Gpu, Pool
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
+_LOOK_BACK = 16  # of the starting GPUs, the latest that are looked at for room
 
 
 class Starting:
@@ -46,10 +47,10 @@ class Fleet:
     def want(self, need: int, now: float, out: list[Decision], reason: str) -> bool:
         """See to it that a GPU comes on which ``need`` fits; False: none can."""
         capacity = self._pool.capacity or need
-        fits = [s for s in self.starting if s.promised + need <= capacity]
-        if fits:
-            max(fits, key=lambda s: s.promised).promised += need
-            return True
+        for starting in self.starting[-_LOOK_BACK:]:
+            if starting.promised + need <= capacity:
+                starting.promised += need
+                return True
         if not self.can_grow(now):
             return False
         self._acquire(now, out, reason).promised = need

@@ -14,6 +14,7 @@ from mell_ray.scheduler.queue import OVERTAKE_LIMIT, WaitingLine
 from mell_ray.scheduler.state import Gpu, Pool, Request
 
 _TRIES = 4  # waiting requests that find no room before the line is left for now
+_BATCH = 64  # waiting requests looked at in one go
 _PATIENCE_TICKS = 40  # ticks after which a planned move that cannot start is given up
 _LONGEST_TICK_S = 5.0  # a longer pause between ticks counts as that long
 
@@ -172,7 +173,7 @@ class Ledger:
     def settle(self, out: list[Decision]) -> None:
         """Start what can start, then let waiting requests use the room that was freed."""
         self.executor.flush(out)
-        if self.pool.freed:
+        while self.pool.freed:
             self.pool.freed = False
             if len(self.line):
                 self._drain(out)
@@ -180,19 +181,21 @@ class Ledger:
             self.fleet.release_emptied(bool(len(self.line)), out)
 
     def _drain(self, out: list[Decision]) -> None:
-        failed: list[Request] = []
-        for request in self.line:
+        """Place waiting requests until some find no room."""
+        failed = 0
+        for request in self.line.first(_BATCH):
             if request.plan is not None:
                 continue
             gpu = self.policy.place(request)
             if gpu is None:
-                failed.append(request)
-                if len(failed) == _TRIES or request.overtaken >= OVERTAKE_LIMIT:
+                failed += 1
+                if failed == _TRIES or request.overtaken >= OVERTAKE_LIMIT:
                     break
                 continue
-            for waiting in failed:
-                waiting.overtaken += 1
+            self.line.overtake(request)
             self.pool.assign(request, gpu, "place")
+        else:
+            self.pool.freed = len(self.line) > _BATCH  # more wait than were tried
         self.executor.flush(out)
 
     # --- operator --------------------------------------------------------------------------

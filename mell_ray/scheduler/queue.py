@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from mell_ray.scheduler.state import Request
 
-OVERTAKE_LIMIT = 64  # younger requests placed past a waiting one before it blocks the line
+OVERTAKE_LIMIT = 64  # requests placed past the one at the front before it blocks the line
 
 
 class WaitingLine:
-    """A request too large for the room there is may be overtaken a bounded number of times; then
-    the line stands still until it fits. So small requests use the room, and none starves."""
+    """A request at the front that is too large for the room there is may be overtaken a bounded
+    number of times; then the line stands still until it fits. So small requests use the room, and
+    none starves."""
 
     def __init__(self) -> None:
         self._line: list[tuple[int, int, Request]] = []
@@ -21,7 +22,7 @@ class WaitingLine:
         return len(self._line)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter([request for _, _, request in self._line])
+        return (request for _, _, request in self._line)
 
     def __contains__(self, request: Request) -> bool:
         entry = (-request.priority, request.order, request)
@@ -39,21 +40,25 @@ class WaitingLine:
         if position < len(self._line) and self._line[position][2] is request:
             del self._line[position]
 
+    def first(self, count: int) -> list[Request]:
+        """Up to ``count`` requests from the front."""
+        return [request for _, _, request in self._line[:count]]
+
+    def _head(self) -> Request | None:
+        """The first request that has no place in sight."""
+        return next((r for _, _, r in self._line if r.plan is None), None)
+
     def blocked(self, request: Request) -> bool:
-        """Whether someone ahead of ``request`` has been overtaken too often."""
-        rank = (-request.priority, request.order)
-        for priority, order, waiting in self._line:
-            if (priority, order) >= rank:
-                return False
-            if waiting.plan is None and waiting.overtaken >= OVERTAKE_LIMIT:
-                return True
-        return False
+        """Whether the one at the front has been overtaken too often to be passed again."""
+        head = self._head()
+        return head is not None and self._before(head, request) and head.overtaken >= OVERTAKE_LIMIT
 
     def overtake(self, request: Request) -> None:
-        """Note that ``request`` has been placed before those ahead of it."""
-        rank = (-request.priority, request.order)
-        for priority, order, waiting in self._line:
-            if (priority, order) >= rank:
-                return
-            if waiting.plan is None:
-                waiting.overtaken += 1
+        """Note that ``request`` has been placed before the one at the front."""
+        head = self._head()
+        if head is not None and self._before(head, request):
+            head.overtaken += 1
+
+    @staticmethod
+    def _before(one: Request, other: Request) -> bool:
+        return (-one.priority, one.order) < (-other.priority, other.order)
