@@ -218,6 +218,7 @@ def plan(
             size,
             options,
             given,
+            weights_given=weights_gib is not None,
             price_given=gpu_price_per_hour is not None,
             migration_price_given=migration_price is not None,
         ),
@@ -283,6 +284,7 @@ def _assumptions(
     options: SimOptions,
     given: SizingOverrides,
     *,
+    weights_given: bool,
     price_given: bool,
     migration_price_given: bool,
 ) -> list[Assumption]:
@@ -290,14 +292,18 @@ def _assumptions(
     from mell_ray.simulation.study import Assumption
 
     def source(value: object, otherwise: str) -> str:
-        return otherwise if value is None else "given"
+        return "given" if value else otherwise
 
     replica = f"{size.gpus} x {card.name}, {card.memory_gib:g} GiB each"
     kv = f"{size.kv_bytes_per_token / 1024:,.4g} KiB"
     price = f"${card.price_per_hour:,.2f}"
     return [
         Assumption("replica", replica, source(given.gpus_per_replica, "fewest GPUs that fit")),
-        Assumption("weights", f"{spec.weight_bytes / GIB:,.1f} GiB", "model config or given"),
+        Assumption(
+            "weights",
+            f"{spec.weight_bytes / GIB:,.1f} GiB",
+            source(weights_given, "shapes in the model config, within 2 % or so"),
+        ),
         Assumption("KV per token", kv, "model config"),
         Assumption(
             "KV tokens per replica",
@@ -322,11 +328,9 @@ def _assumptions(
         Assumption(
             "migration price",
             f"{options.migration_price:.3g} replica-seconds a token",
-            "given" if migration_price_given else "estimate: time to send or recompute it",
+            source(migration_price_given, "estimate: time to send or recompute it"),
         ),
-        Assumption(
-            "GPU price an hour", price, "given" if price_given else "assumption: set your own"
-        ),
+        Assumption("GPU price an hour", price, source(price_given, "assumption: set your own")),
         Assumption("start-up", f"{options.startup_s:g} s, billed", "option --startup-s"),
         Assumption(
             "measured",

@@ -10,16 +10,16 @@ from markupsafe import Markup
 from mell_ray.simulation import plots
 from mell_ray.simulation.report import (
     COLUMNS,
-    best_run,
     bound_cells,
     format_bytes,
     format_duration,
+    format_hours,
     format_usd,
     has_column,
     headline,
     policy_cells,
 )
-from mell_ray.simulation.study import Study, figures
+from mell_ray.simulation.study import Study, best_run, billed_over_bound, figures
 
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -177,11 +177,12 @@ def _picture(images: tuple[bytes, bytes], alt: str) -> Markup:
 def _cards(study: Study) -> list[tuple[str, str]]:
     best = best_run(study)
     own = figures(study, best)
-    cards = [(f"{own['billed_gpu_hours']:,.4g}", f"GPU-hours billed with {best.label}")]
+    cards = [(format_hours(own["billed_gpu_hours"]), f"GPU-hours billed with {best.label}")]
     if own["billed_usd"] is not None:
         each = format_usd(own["usd_per_million_tokens"])
         cards.append((format_usd(own["billed_usd"]), f"{each} a million tokens"))
-    cards.append((f"{own['billed_ratio']:.3f} x", "the lower bound"))
+    _, over = billed_over_bound(study, best)
+    cards.append((f"{over:.3f} x", "the lower bound"))
     cards.append((f"{own['mean_gpus']:.1f} / {own['peak_gpus']}", "GPUs, mean / peak"))
     moved = own["migrated_bytes"]
     amount = f"{own['migrated_tokens']:,} tokens" if moved is None else format_bytes(moved)

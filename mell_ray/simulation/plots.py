@@ -18,8 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from mell_ray.simulation.report import reference_run
-from mell_ray.simulation.study import HOUR_S, Run, Study, figures
+from mell_ray.simulation.study import HOUR_S, Run, Study, billed_over_bound, figures
 
 DPI = 150
 MAX_POINTS = 300  # per line; more are averaged, or the lines become a smear
@@ -114,8 +113,7 @@ def pareto(study: Study, theme: Theme = LIGHT) -> bytes:
     moved = [float(own["migrated_bytes" if in_bytes else "migrated_tokens"]) for own in known]
     scale, unit = _amount_unit(max(moved), in_bytes)
     xs = [amount / scale for amount in moved]
-    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
-    ys = [100 * (own["billed_gpu_hours"] / max(bound, 1e-12) - 1) for own in known]
+    ys = [100 * (billed_over_bound(study, run)[1] - 1) for run in study.runs]
     widest = max(*xs, 1e-9)
     _dress(axes, theme)
     axes.grid(True, axis="x", color=theme.grid, linewidth=0.8)
@@ -130,7 +128,7 @@ def pareto(study: Study, theme: Theme = LIGHT) -> bytes:
         color, size = _color(run, study, theme), 45 if run.variant else 110
         axes.scatter([x], [y], s=size, color=color, edgecolor=theme.background, zorder=3)
     _label_points(axes, theme, study, xs, ys)
-    _hours_axis(axes, theme, bound)
+    _hours_axis(axes, theme, billed_over_bound(study, study.runs[0])[0])
     axes.set_xlabel(f"migrated ({unit})")
     axes.set_ylabel("above the lower bound (root scale)")
     _title(axes, theme, f"GPU-hours billed against migration, lower left is better · {study.title}")

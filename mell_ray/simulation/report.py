@@ -8,28 +8,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from mell_ray.simulation.hardware import GIB
-from mell_ray.simulation.study import HOUR_S, Run, Study, figures
-
-
-def best_run(study: Study) -> Run:
-    """The policy that bills least; of equals the one that moves least, then the first."""
-    runs = [run for run in study.runs if not run.variant]
-    return min(runs, key=lambda run: (run.result.billed_gpu_seconds, run.result.migrated_tokens))
-
-
-def saving(run: Run, other: Run) -> float:
-    """The share of ``other``'s billed GPU-hours that ``run`` does without."""
-    return 1 - run.result.billed_gpu_seconds / max(other.result.billed_gpu_seconds, 1e-12)
+from mell_ray.simulation.study import (
+    HOUR_S,
+    Run,
+    Study,
+    best_run,
+    billed_over_bound,
+    figures,
+    reference_run,
+    saving,
+)
 
 
 def headline(study: Study) -> str:
     """The study's result in a sentence or two."""
     best = best_run(study)
     own = figures(study, best)
-    text = f"{best.label} bills {own['billed_gpu_hours']:.4g} GPU-hours"
+    bound, over = billed_over_bound(study, best)
+    text = f"{best.label} bills {format_hours(own['billed_gpu_hours'])} GPU-hours"
     if own["billed_usd"] is not None:
         text += f" ({format_usd(own['billed_usd'])})"
-    text += f", {own['billed_ratio']:.3f} x the lower bound of {own['lower_bound_gpu_hours']:.4g}."
+    text += f", {over:.3f} x the lower bound of {format_hours(bound)}."
     others = [run for run in study.runs if run is not best and not run.variant]
     others.sort(key=lambda run: run.result.billed_gpu_seconds)
     parts = []
@@ -40,12 +39,16 @@ def headline(study: Study) -> str:
         )
     if parts:
         text += f" That is {', '.join(parts)}."
-    if own["delayed_share"] >= 0.01:
+    if own["delayed_share"] >= 0.01 and own["delay_p99_s"] >= _NOTABLE_WAIT_S:
         text += (
             f" {100 * own['delayed_share']:.0f} % of its requests waited for room, "
-            f"p99 {own['delay_p99_s']:.0f} s of those."
+            f"p99 {format_wait(own['delay_p99_s'])} of those."
         )
     return text
+
+
+def format_wait(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
 
 
 def format_bytes(count: float | None) -> str:
@@ -55,6 +58,12 @@ def format_bytes(count: float | None) -> str:
         if count >= limit:
             return f"{count / limit:,.1f} {unit}"
     return f"{count / 1024:,.1f} KiB" if count else "0"
+
+
+def format_hours(hours: float) -> str:
+    """Four figures or so, with the same number of decimals for like amounts."""
+    decimals = 1 if hours >= 1000 else 2 if hours >= 10 else 3
+    return f"{hours:,.{decimals}f}"
 
 
 def format_usd(amount: float | None) -> str:
@@ -69,6 +78,8 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
+_NOTABLE_WAIT_S = 0.5  # shorter waits, such as for a migration that makes room, nobody notices
+
 #: (heading, its meaning) of the policy table, in order; cells come from `policy_cells`.
 COLUMNS = (
     ("policy", "Scheduling policy."),
@@ -80,7 +91,7 @@ COLUMNS = (
     ),
     ("billed", "GPU-hours paid for: starting and idle GPUs included."),
     ("cost", "Billed GPU-hours times the price of a GPU."),
-    ("peak GPUs", "Most GPUs open or starting at one time."),
+    ("peak GPUs", "Most GPUs that held requests at one time."),
     ("migrations", "Requests moved while they ran."),
     ("moved", "KV moved (tokens where the size of a token is not known)."),
     ("per token", "Tokens moved per token of prompt and output."),
@@ -96,12 +107,12 @@ def policy_cells(study: Study, run: Run) -> list[str]:
     moved = own["migrated_bytes"]
     delayed = "0"
     if own["delayed_requests"]:
-        delayed = f"{100 * own['delayed_share']:.2g} % ({own['delay_p99_s']:.1f} s)"
+        delayed = f"{100 * own['delayed_share']:.2g} % ({format_wait(own['delay_p99_s'])})"
     return [
         run.label,
-        f"{own['gpu_hours']:,.4g}",
+        format_hours(own["gpu_hours"]),
         f"{own['ratio']:.3f}",
-        f"{own['billed_gpu_hours']:,.4g}",
+        format_hours(own["billed_gpu_hours"]),
         format_usd(own["billed_usd"]),
         f"{own['peak_gpus']:,}",
         f"{own['migrations']:,}",
@@ -113,22 +124,13 @@ def policy_cells(study: Study, run: Run) -> list[str]:
     ]
 
 
-def reference_run(study: Study) -> Run:
-    """The run whose lower bound stands for the load: the one in which requests waited least.
-
-    The bound is taken over the requests present at an instant, so each run has its own where
-    requests wait; they are the same where none do.
-    """
-    return min(study.runs, key=lambda run: run.result.demand_short_share)
-
-
 def bound_cells(study: Study) -> list[str]:
     """The last row of the policy table: the lower bound, in the columns where it has a meaning."""
     own = figures(study, reference_run(study))
     cost = None
     if study.gpu_price_per_hour is not None:
         cost = own["lower_bound_gpu_hours"] * study.gpu_price_per_hour
-    hours = f"{own['lower_bound_gpu_hours']:,.4g}"
+    hours = format_hours(own["lower_bound_gpu_hours"])
     cells = ["lower bound", hours, "1.000", hours, format_usd(cost)]
     return cells + [f"{own['peak_lower_bound_gpus']:,}"] + [""] * (len(COLUMNS) - 6)
 

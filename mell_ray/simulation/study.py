@@ -163,6 +163,32 @@ def figures(study: Study, run: Run) -> dict[str, Any]:
     }
 
 
+def best_run(study: Study) -> Run:
+    """The policy that bills least; of equals the one that moves least, then the first."""
+    runs = [run for run in study.runs if not run.variant]
+    return min(runs, key=lambda run: (run.result.billed_gpu_seconds, run.result.migrated_tokens))
+
+
+def reference_run(study: Study) -> Run:
+    """The run whose lower bound stands for the load: the one in which requests waited least.
+
+    The bound is taken over the requests present at an instant, so each run has its own where
+    requests wait; they are the same where none do.
+    """
+    return min(study.runs, key=lambda run: run.result.demand_short_share)
+
+
+def billed_over_bound(study: Study, run: Run) -> tuple[float, float]:
+    """(the load's lower bound in GPU-hours, what ``run`` bills as a multiple of it)."""
+    bound = figures(study, reference_run(study))["lower_bound_gpu_hours"]
+    return bound, figures(study, run)["billed_gpu_hours"] / max(bound, 1e-12)
+
+
+def saving(run: Run, other: Run) -> float:
+    """The share of ``other``'s billed GPU-hours that ``run`` does without."""
+    return 1 - run.result.billed_gpu_seconds / max(other.result.billed_gpu_seconds, 1e-12)
+
+
 def as_json(study: Study) -> dict[str, Any]:
     """The whole study as JSON-able values: all figures, options and time series."""
     return {

@@ -16,7 +16,6 @@ from mell_ray.simulation.report import (
     headline,
     policy_cells,
     print_study,
-    reference_run,
 )
 from mell_ray.simulation.study import (
     Assumption,
@@ -27,6 +26,7 @@ from mell_ray.simulation.study import (
     as_json,
     figures,
     percentile,
+    reference_run,
     summarise,
 )
 from mell_ray.simulation.types import SimOptions, SimResult, Timeline, TraceRow
@@ -117,10 +117,10 @@ def test_all_policies_are_priced_alike_in_j() -> None:
 def test_the_headline_names_the_cheapest_policy_and_what_it_saves() -> None:
     made = study()
     made.runs.reverse()
-    assert headline(made).startswith("tide bills 33 GPU-hours ($99.00), 1.650 x the lower bound")
+    assert headline(made).startswith("tide bills 33.00 GPU-hours ($99.00), 1.650 x the lower bound")
     assert "50.0 % less than worst-fit" in headline(made)
     made.runs.append(Run("tide @ 0", result("tide", 10 * 3600, 900_000), 1.0, variant=True))
-    assert headline(made).startswith("tide bills 33 ")
+    assert headline(made).startswith("tide bills 33.00 ")
     made.runs.append(Run("mell", result("mell", 11 * 3600, 300_000), 1.0))
     assert "That is as much as mell, 50.0 % less than worst-fit." in headline(made)
 
@@ -220,6 +220,9 @@ def test_waiting_is_told_and_the_bound_is_that_of_the_run_that_waited_least() ->
     made.runs[0].result.demand_short_share = 0.1
     made.runs[0].result.lower_bound_gpu_seconds *= 1.1
     assert reference_run(made) is made.runs[1]
-    assert "20 % of its requests waited for room, p99 30 s of those." in headline(made)
+    assert "20 % of its requests waited for room, p99 30.0 s of those." in headline(made)
     assert policy_cells(made, made.runs[0])[-1] == "20 % (30.0 s)"
-    assert bound_cells(made)[:2] == ["lower bound", "20"]
+    assert bound_cells(made)[:2] == ["lower bound", "20.00"]
+    made.runs[0].result.delay_p99_s = 0.04
+    assert "waited" not in headline(made)
+    assert policy_cells(made, made.runs[0])[-1] == "20 % (40 ms)"
