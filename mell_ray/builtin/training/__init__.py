@@ -1,0 +1,1 @@
+"""How ``mell-tiny`` was trained. Nothing here is needed to serve it."""
