@@ -39,6 +39,12 @@ def headline(study: Study) -> str:
         )
     if parts:
         text += f" That is {', '.join(parts)}."
+    frugal = min((best, *others), key=lambda run: run.result.cost(study.migration_price))
+    if frugal is not best:
+        text += (
+            f" With {study.migration_price:.3g} GPU-seconds for each migrated token {frugal.label} "
+            f"comes first: J {figures(study, frugal)['cost_j']:.3f} against {own['cost_j']:.3f}."
+        )
     if own["delayed_share"] >= 0.01 and own["delay_p99_s"] >= _NOTABLE_WAIT_S:
         text += (
             f" {100 * own['delayed_share']:.0f} % of its requests waited for room, "

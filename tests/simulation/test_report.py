@@ -226,3 +226,11 @@ def test_waiting_is_told_and_the_bound_is_that_of_the_run_that_waited_least() ->
     made.runs[0].result.delay_p99_s = 0.04
     assert "waited" not in headline(made)
     assert policy_cells(made, made.runs[0])[-1] == "20 % (40 ms)"
+
+
+def test_a_policy_that_bills_least_by_moving_much_is_told_from_the_frugal_one() -> None:
+    made = study()
+    made.runs.append(Run("mell", result("mell", 11 * 3600 - 60, 900_000), 1.0))
+    assert headline(made).startswith("mell bills ")
+    assert "for each migrated token tide comes first: J 1.156 against 1.348." in headline(made)
+    assert "comes first" not in headline(study())
