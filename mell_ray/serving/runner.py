@@ -49,15 +49,13 @@ class Job:
 
 
 class Runner:
-    """All requests of one ingress. ``violations`` counts breaches of exactly-once; it stays 0."""
+    """All requests of one ingress."""
 
     def __init__(self, namespace: str, ingress_id: str, router: RouterClient) -> None:
         self._ingress_id = ingress_id
         self._router = router
         self._live: dict[str, Live] = {}
         self._links = ReplicaLinks(namespace, ingress_id, self._on_item, self._on_lost)
-        self.violations = 0
-        self.recoveries = 0
 
     async def run(self, job: Job) -> AsyncGenerator[Accepted, None]:
         """Generate. The caller may stop early (``aclose``): the request is then dropped.
@@ -86,7 +84,6 @@ class Runner:
                         raise ServerError(
                             f"{failures} replicas died one after another with this request"
                         )
-                    self.recoveries += 1
                     await self._start(job, track, lost=event.replica_id)
         finally:
             del self._live[job.request_id]
@@ -157,7 +154,6 @@ class Runner:
             elif delta[5] is None and live.track.is_ahead(delta):
                 strays.append(delta[0])
             if live.track.violations > before:
-                self.violations += 1
                 logger.error("exactly-once violated: %s by %s", delta[0], replica_id)
         if strays:
             self._links.cancel(replica_id, strays)
