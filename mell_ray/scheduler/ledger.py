@@ -17,6 +17,7 @@ _TRIES = 4  # waiting requests that find no room before the line is left for now
 _BATCH = 64  # waiting requests looked at in one go
 _PATIENCE_TICKS = 40  # ticks after which a planned move that cannot start is given up
 _LONGEST_TICK_S = 5.0  # a longer pause between ticks counts as that long
+_QUIET_S = 30.0  # no voluntary moves after an operator's, which they would undo
 
 
 class Ledger:
@@ -41,6 +42,7 @@ class Ledger:
         self._priorities: dict[int, int] = {}  # priority: requests that have it
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
         self._last_tick: float | None = None
+        self._quiet_until = float("-inf")
 
     def context(self, rng: Random) -> Context:
         """What a policy of this model is made with."""
@@ -209,6 +211,11 @@ class Ledger:
             and gpu.room() >= request.need
         )
 
+    def obey(self, request: Request, gpu: Gpu, now: float) -> None:
+        """An operator's move: the policy leaves requests where they are for a while."""
+        self.pool.assign(request, gpu, "operator")
+        self._quiet_until = now + _QUIET_S
+
     def elsewhere(self, request: Request) -> Gpu | None:
         """Another GPU with room; a used one if possible."""
         return self.pool.best_fit(request)
@@ -267,7 +274,8 @@ class Ledger:
         for gpu in self.pool.gpus.values():
             if gpu.state == "draining":
                 self._evacuate(gpu, now, out)
-        if self.config.migration_enabled and not len(self.line):
+        quiet = now < self._quiet_until or len(self.line)
+        if self.config.migration_enabled and not quiet:
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
         self.settle(out)
         self.fleet.adjust(now, bool(len(self.line)), out)

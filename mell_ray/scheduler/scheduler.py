@@ -345,7 +345,7 @@ class Scheduler:
             self.ignored += 1
             return
         request.wanted_mode = event.mode
-        ledger.pool.assign(request, dst, "operator")
+        ledger.obey(request, dst, self._now)
         ledger.settle(self._out)
 
     # --- migrations ------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from mell_ray.scheduler.events import (
     AcquireGpu,
     Cordon,
     Decision,
-    Evacuate,
     Migrate,
     MigrateRequest,
     Place,
@@ -156,10 +155,9 @@ class Router:
     async def evacuate(self, replica_id: str) -> dict[str, Any]:
         """Empty a replica by migration and release it; returns at once."""
         replica = self._replica(replica_id)
-        replica.state = "draining"
         minimum = self._core.limits[replica.model_id].min_gpus
         self._core.set_minimum(replica.model_id, minimum - 1)
-        self._core.handle(Evacuate(replica_id))
+        self._watch.drain(replica)
         running = replica.report.stats.running if replica.report else 0
         return {"id": replica_id, "state": replica.state, "running": running}
 

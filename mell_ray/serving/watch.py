@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from ray.exceptions import RayActorError, RayTaskError
 
 from mell_ray.errors import FencedError, ServerError
-from mell_ray.scheduler.events import AcquireFailed, GpuLost, GpuReady, StepTime
+from mell_ray.scheduler.events import AcquireFailed, Evacuate, GpuLost, GpuReady, StepTime
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica
+from mell_ray.serving.fleet import Replica, config_hash
 from mell_ray.serving.ray_errors import unwrap
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,25 @@ class Watch:
         ]
 
     async def attach(self) -> None:
-        """Take over what an earlier Router has left, before anything new is placed."""
+        """Take over what an earlier Router has left, before anything new is placed. Replicas with
+        other settings than today's are emptied and replaced."""
+        outdated: list[Replica] = []
         for replica in self._core.fleet.attach():
-            if replica.model_id in self._core.llms:
-                self._join(replica)
-            else:
+            llm = self._core.llms.get(replica.model_id)
+            if llm is None:
                 self._core.fleet.kill(replica.replica_id)
+                continue
+            self._join(replica)
+            if replica.info is not None and replica.info.config_hash != config_hash(llm):
+                outdated.append(replica)
         await self.poll_all()
+        for replica in outdated:
+            self.drain(replica)
+
+    def drain(self, replica: Replica) -> None:
+        """Empty a replica by migration; it is released when it is empty."""
+        replica.state = "draining"
+        self._core.handle(Evacuate(replica.replica_id))
 
     async def poll_all(self) -> None:
         """A fresh report of every replica."""

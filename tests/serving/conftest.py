@@ -158,7 +158,8 @@ def deploy(cluster: str) -> Iterator[Callable[..., App]]:
 
     def run(name: str, **options: Any) -> App:
         serve.run(build_openai_app(settings(**options)), name=name, route_prefix=f"/{name}")
-        running.append(name)
+        if name not in running:
+            running.append(name)
         return App(name, f"{cluster}/{name}")
 
     yield run

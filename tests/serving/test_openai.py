@@ -170,6 +170,27 @@ def test_request_id_is_the_operator_api_s(app: App) -> None:
     app.wait_idle()  # the client has gone: its blocks are free
 
 
+def test_operator_s_moves_are_not_undone_by_the_policy(app: App) -> None:
+    """The default policy would pack everything onto one replica at once."""
+    replicas = app.wait_ready(2)
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=60
+    ) as response:
+        request_id = response.headers["x-request-id"]
+        lines = response.iter_lines()
+        next(lines)
+        (here,) = [r["replica"] for r in app.state()["requests"] if r["id"] == request_id]
+        for _ in range(5):
+            (there,) = set(replicas) - {here}
+            answer = app.post(f"requests/{request_id}/migrate", {"to": there, "mode": "auto"})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["outcome"] == "committed"
+            (here,) = [r["replica"] for r in app.state()["requests"] if r["id"] == request_id]
+            assert here == there
+    app.wait_idle()
+
+
 def test_client_that_waits_for_a_whole_answer_and_leaves_frees_its_blocks(app: App) -> None:
     body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 3000, "ignore_eos": True}
 
