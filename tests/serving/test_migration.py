@@ -22,7 +22,8 @@ MODES = ["kv", "token", "kv", "token", "kv"]
 @pytest.fixture(scope="module")
 def app(deploy) -> App:
     # Three slots, so that one more may open; the policy leaves the moves to the tests.
-    app = deploy("move", replicas=(2, 3), mell={"policy": {"name": "worst-fit"}})
+    mell = {"policy": {"name": "worst-fit"}, "fleet": {"replica_lease_s": 120}}
+    app = deploy("move", replicas=(2, 3), mell=mell)
     app.wait_ready(2)
     return app
 
