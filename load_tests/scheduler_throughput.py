@@ -3,11 +3,11 @@
     python load_tests/scheduler_throughput.py
 
 A fleet in steady state: requests arrive, grow 16 tokens an epoch, end; migrations end at once. Only
-the scheduler's own processor time counts. Two counts are printed: *events* are arrivals, ends, ends of
-migrations, GPUs and ticks (one growth report an epoch counts as one event, although it is most of
-the work); *with growth* counts each request's growth in a report as well. The plain best fit keeps
-one sorted list of free room, updates it for every arrival, end and growth, and decides nothing
-else: what the books alone cost in this language on this machine.
+the scheduler's own processor time counts. Two counts are printed: *events* are arrivals, ends, ends
+of migrations, GPUs and ticks (one growth report an epoch counts as one event, although it is much
+of the work); *with growth* counts each request's growth in a report as well. The plain best fit
+keeps one sorted list of free room, updates it for every arrival, end and growth, and decides
+nothing else: what the books alone cost in this language on this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from mell_ray.scheduler.events import (
     Grow,
     Migrate,
     MigrationDone,
-    Place,
     Tick,
 )
 

@@ -32,8 +32,10 @@ SUPPORTED = (
     "Mixtral, Gemma, Gemma2, Gemma3 (text), Phi3 (4k), OLMo2, Granite, Cohere2, SmolLM3, "
     "StarCoder2, GLM4, Qwen3-MoE, gpt-oss, GPT-NeoX, GPT-2, OPT"
 )
-# Logits of the self-check may differ by this share of their standard deviation.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+# Logits of the self-check may differ (RMS) by this share of their standard deviation. Rounding in
+# half precision alone reaches 0.03 in a deep model, and more where it changes an expert's choice;
+# attention gone wrong gives about 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 _CHECK_TOKENS = 30
 _CHUNK = 7
 
@@ -135,7 +137,7 @@ def self_check(loaded: LoadedModel, block_size: int) -> None:
     tokens = rng.integers(0, loaded.vocab_size, count).tolist()
     plain = _plain_logits(loaded, tokens)
     paged = _paged_logits(loaded, tokens, block_size)
-    error = ((paged - plain).abs().max() / plain.std().clamp_min(1e-12)).item()
+    error = ((paged - plain).square().mean().sqrt() / plain.std().clamp_min(1e-12)).item()
     limit = _TOLERANCE[loaded.kv_shape.dtype]
     if not error <= limit:
         raise _refuse(

@@ -73,6 +73,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
     del attention_mask
+    if not getattr(module, "is_causal", True):
+        raise ValueError("its attention looks ahead")
     output = batch.attend(
         module.layer_idx,  # type: ignore[arg-type]
         query[0].transpose(0, 1),

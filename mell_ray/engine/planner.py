@@ -244,7 +244,8 @@ class Planner:
             for seq in self.running
             if seq.status == "running" and seq.num_tokens >= len(seq.blocks) * self._block_size
         )
-        while self.waiting and budget > 0:
+        computing = self._being_computed(plan.chunks) if self.waiting else set()
+        while self.waiting and budget > 0 and not self._soon_cached(self.waiting[0], computing):
             seq = self.waiting[0]
             try:
                 self.take_room(seq, seq.num_tokens, spare)
@@ -253,9 +254,29 @@ class Planner:
             del self.waiting[0]
             seq.status = "running"
             insort(self.running, seq, key=_key)
-            chunk = min(seq.num_to_compute, budget)
-            plan.chunks.append((seq, chunk))
-            budget -= chunk
+            chunk = (seq, min(seq.num_to_compute, budget))
+            plan.chunks.append(chunk)
+            budget -= chunk[1]
+            computing |= self._being_computed([chunk])
+
+    def _being_computed(self, chunks: list[tuple[Sequence, int]]) -> set[bytes]:
+        """Hashes of the blocks that prefills among ``chunks`` complete in this step."""
+        hashes: set[bytes] = set()
+        for seq, count in chunks:
+            if self._root is not None and count > 1:
+                full = (seq.num_computed + count) // self._block_size
+                extend_chain(seq.chain, self._root, seq.token_ids, self._block_size, full)
+                hashes.update(seq.chain[seq.num_registered : full])
+        return hashes
+
+    def _soon_cached(self, seq: Sequence, computing: set[bytes]) -> bool:
+        """Whether another sequence computes the very next block of ``seq`` in this step, as among
+        several choices for one prompt. It is cheaper to wait for that than to compute it twice."""
+        if not computing:
+            return False
+        known = len(self._match(seq))
+        usable = (seq.num_tokens - 1) // self._block_size
+        return known < usable and seq.chain[known] in computing
 
     # --- invariants ----------------------------------------------------------------------------
 

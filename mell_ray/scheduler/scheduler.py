@@ -36,7 +36,7 @@ from mell_ray.scheduler.policies import find_policy
 from mell_ray.scheduler.state import Gpu, Request
 from mell_ray.scheduler.steptime import StepTimeModel
 
-_MANY = 8  # GPUs changed by one report from which on re-indexing all is cheaper
+_MANY = 2  # sizes per GPU in one report from which on re-indexing all is cheaper
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,47 +224,43 @@ class Scheduler:
 
     def _grow(self, event: Grow) -> None:
         requests = self._requests
-        growth = self.config.growth_per_tick
-        touched: dict[Gpu, None] = {}
         for id, size in event.sizes.items():
             request = requests.get(id)
             if request is None:
                 self.ignored += 1
                 continue
-            if size == request.size:
-                continue
-            request.size = size
-            need = size + growth
-            if need > request.max_size:
-                need = max(size, request.max_size)
-            change = need - request.need
-            if not change:
-                continue
-            request.need = need
-            gpu = request.plan
-            if gpu is not None:
+            change = size - request.size
+            gpu = request.gpu
+            if gpu is not None and gpu is request.plan and size <= request.limit:
+                request.size = size
+                request.need += change
                 gpu.load += change
-                touched[gpu] = None
-            if request.gpu is gpu:
-                if gpu is not None:
-                    gpu.held += change
-            elif request.gpu is not None:
-                request.gpu.held += change
-                if request.dst is not None:
-                    request.dst.held += change
-        self._reindex(touched)
-        for model in dict.fromkeys(gpu.pool.model for gpu in touched):
-            ledger = self._ledgers[model]
+                gpu.held += change
+            elif change:
+                self._resize(request, size)
+        self._reindex(event.sizes)
+        for ledger in self._ledgers.values():
             ledger.fit(self._now, self._out)
             ledger.settle(self._out)
 
-    def _reindex(self, touched: dict[Gpu, None]) -> None:
-        if len(touched) > _MANY:
-            for model in dict.fromkeys(gpu.pool.model for gpu in touched):
-                self._ledgers[model].pool.rebuild()
-        else:
-            for gpu in touched:
-                gpu.pool.reindex(gpu)
+    def _resize(self, request: Request, size: int) -> None:
+        """A change of size that is not plain: at its limit, waiting, or on its way."""
+        change = request.resize(size, self.config.growth_per_tick)
+        if request.plan is not None:
+            request.plan.load += change
+        if request.gpu is not None:
+            request.gpu.held += change
+        if request.dst is not None:
+            request.dst.held += change
+
+    def _reindex(self, changed: Mapping[str, int]) -> None:
+        if len(changed) > _MANY * len(self._gpus):
+            for ledger in self._ledgers.values():
+                ledger.pool.rebuild()
+            return
+        known = (self._requests[id] for id in changed if id in self._requests)
+        for gpu in dict.fromkeys(r.plan for r in known if r.plan is not None):
+            gpu.pool.reindex(gpu)
 
     def _finish(self, event: Finish) -> None:
         request = self._requests.pop(event.request, None)

@@ -28,6 +28,7 @@ class Request:
         "exclude",
         "gpu",
         "id",
+        "limit",
         "max_size",
         "need",
         "order",
@@ -49,6 +50,7 @@ class Request:
         self.priority = priority
         self.size = 0  # what it holds, as last reported
         self.max_size = 0
+        self.limit = 0  # the size from which ``need`` is no longer a whole growth ahead
         self.need = 0  # what is booked for it: its size and one tick's growth
         self.prefix: tuple[bytes, ...] = ()
         self.exclude: tuple[str, ...] = ()
@@ -66,6 +68,7 @@ class Request:
     def resize(self, size: int, growth: int) -> int:
         """Set the size; returns the change of ``need``."""
         self.size = size
+        self.limit = self.max_size - growth
         need = size + growth
         if need > self.max_size:
             need = max(size, self.max_size)
@@ -78,6 +81,7 @@ class Gpu:
     """One GPU and who is on it."""
 
     __slots__ = (
+        "_needs",
         "_ordered",
         "capacity",
         "held",
@@ -115,6 +119,7 @@ class Gpu:
         self.idle_since: float | None = None
         self.steps: StepTimeModel | None = None
         self._ordered: list[Request] | None = None
+        self._needs: list[int] = []
 
     def __repr__(self) -> str:
         return f"<Gpu {self.id} {self.load}/{self.capacity}>"
@@ -142,7 +147,13 @@ class Gpu:
         """
         if self._ordered is None:
             self._ordered = sorted([r for r in self.requests if r.gpu is self], key=_by_need)
+            self._needs = [r.need for r in self._ordered]
         return self._ordered
+
+    def movable_needs(self) -> list[int]:
+        """What each of ``movable`` needs, in the same order."""
+        self.movable()
+        return self._needs
 
     def touch(self) -> None:
         self._ordered = None
@@ -161,6 +172,7 @@ class Pool:
         self.limits = limits
         self._known = known
         self.gpus: dict[str, Gpu] = {}
+        self.capacity = limits.capacity or 0  # of the largest GPU, or expected; 0: not known
         self.slots: list[Gpu | None] = []
         self.free_slots: list[int] = []
         self.keys: list[int] = []
@@ -170,6 +182,7 @@ class Pool:
         self.capped: dict[Gpu, None] = {}  # GPUs whose inbound waits for the in-flight limit
         self.emptied: dict[Gpu, None] = {}  # GPUs that somebody has left
         self.freed = False  # room has been freed since the queue was last tried
+        self.frees = 0  # how often room has been freed
 
     # --- GPUs ------------------------------------------------------------------------------
 
@@ -182,14 +195,18 @@ class Pool:
             self.slots.append(gpu)
         self.gpus[gpu.id] = gpu
         self._known[gpu.id] = gpu
+        self._update_capacity()
         self.index(gpu)
         self.freed = True
+        self.frees += 1
 
     def remove(self, gpu: Gpu) -> None:
         """Forget the GPU; nobody may be on it any more."""
         self.unindex(gpu)
         del self.gpus[gpu.id]
         del self._known[gpu.id]
+        if gpu.capacity == self.capacity:
+            self._update_capacity()
         self.emptied.pop(gpu, None)
         self.slots[gpu.slot] = None
         self.free_slots.append(gpu.slot)
@@ -197,11 +214,9 @@ class Pool:
         self.retry.pop(gpu, None)
         self.capped.pop(gpu, None)
 
-    @property
-    def capacity(self) -> int:
-        """Of the largest GPU, or what is expected of one; 0: not known."""
+    def _update_capacity(self) -> None:
         largest = max((g.capacity for g in self.gpus.values()), default=0)
-        return largest or self.limits.capacity or 0
+        self.capacity = largest or self.limits.capacity or 0
 
     def used(self) -> list[Gpu]:
         """GPUs that take requests and have some, fullest first."""
@@ -311,4 +326,5 @@ class Pool:
             self.by_node[gpu.node] -= 1
         gpu.inbound.pop(request, None)
         self.freed = True
+        self.frees += 1
         self.reindex(gpu)

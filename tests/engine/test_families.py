@@ -63,6 +63,16 @@ def test_family_equals_generate(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
+    "encoder": (
+        lambda: hf.BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+        ),
+        "looks ahead",
+    ),
     "falcon": (
         lambda: hf.FalconConfig(
             vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4

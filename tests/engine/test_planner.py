@@ -284,6 +284,21 @@ def test_what_belongs_to_a_migration_is_never_preempted(prefill: bool) -> None:
     assert owner.num_tokens == 10
 
 
+def test_choices_for_one_prompt_compute_it_once() -> None:
+    planner = make_planner(capacity=40, budget=30)
+    for order in range(3):
+        planner.enqueue(make_sequence(order, 14, 3))
+    planner.enqueue(make_sequence(3, 2, 1, flavour=1))
+    steps = []
+    while planner.has_work():
+        plan = planner.plan()
+        steps.append([(seq.order, count) for seq, count in plan.chunks])
+        run(planner, plan)
+    # Three blocks are shared; two tokens of the fourth are each one's own.
+    assert steps[:2] == [[(0, 14)], [(0, 1), (1, 2), (2, 2), (3, 2)]]
+    assert planner.prefix_hit_tokens == 24
+
+
 def test_recomputation_after_preemption_hits_the_cache() -> None:
     planner = make_planner(capacity=5, budget=20)
     planner.enqueue(make_sequence(0, 8, 9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import islice
 
 from mell_ray.scheduler.state import SLOT_BITS, Gpu, Pool, Request
 
@@ -37,14 +36,17 @@ class Draft:
             room = min(room, gpu.steps.room(present + 1, gpu.load + size))
         return room
 
-    def touched(self, request: Request) -> bool:
-        """Whether the draft moves the request."""
-        return request in self.moves
-
-    def emptiest(self, count: int) -> list[Gpu]:
-        """Up to ``count`` used GPUs with most room."""
-        found = (self._pool.at(key) for key in reversed(self.keys))
-        return list(islice((gpu for gpu in found if gpu.requests), count))
+    def emptiest(self, count: int) -> list[tuple[int, Gpu]]:
+        """(room, GPU) of up to ``count`` used GPUs, most room first."""
+        slots = self._pool.slots
+        found: list[tuple[int, Gpu]] = []
+        for key in reversed(self.keys):
+            gpu = slots[key & _SLOT_MASK]
+            if gpu is not None and gpu.requests:
+                found.append((key >> SLOT_BITS, gpu))
+                if len(found) == count:
+                    break
+        return found
 
     def best_fit(self, request: Request, reserve: int) -> Gpu | None:
         """Least room that suffices among used GPUs; not where the request is planned now."""

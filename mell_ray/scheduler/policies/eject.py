@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from operator import attrgetter
 
 from mell_ray.scheduler.policies.draft import Draft
 from mell_ray.scheduler.state import Gpu, Request
 
-_need = attrgetter("need")
-_BRANCHES = 6  # GPUs tried at each link of a chain but the last
+_BRANCHES = 4  # GPUs tried at each link of a chain but the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,11 @@ def make_way(
         found = draft.copy()
         found.move(leaving, target)
         return found, leaving.plan
-    best: tuple[Draft, Gpu] | None = None
     if depth < 2:
         return None
-    for gpu in draft.emptiest(_BRANCHES):
-        ejected = _smallest_that_helps(draft, request, gpu, search, budget)
+    best: tuple[Draft, Gpu] | None = None
+    for room, gpu in draft.emptiest(_BRANCHES):
+        ejected = _smallest_that_helps(draft, request, room - search.reserve, gpu, budget)
         if ejected is None:
             continue
         trial = draft.copy()
@@ -65,41 +63,37 @@ def make_way(
     return best
 
 
-def _candidates(
-    draft: Draft, request: Request, gpu: Gpu, search: Search, budget: float
-) -> tuple[list[Request], int]:
-    """(requests of the GPU by size, position of the first whose leaving suffices)."""
-    missing = request.need + search.reserve - draft.room(gpu)
-    movable = gpu.movable()
-    if missing <= 0 or missing > budget or gpu is request.plan or gpu.id in request.exclude:
-        return movable, len(movable)
-    return movable, bisect_left(movable, missing, key=_need)
-
-
-def _smallest_that_helps(
-    draft: Draft, request: Request, gpu: Gpu, search: Search, budget: float
-) -> Request | None:
-    movable, first = _candidates(draft, request, gpu, search, budget)
-    for index in range(first, len(movable)):
-        ejected = movable[index]
-        if ejected.need >= request.need or ejected.need > budget:
-            return None
-        if not draft.touched(ejected):
-            return ejected
-    return None
-
-
 def _last_link(
     draft: Draft, request: Request, search: Search, budget: float
 ) -> tuple[Request, Gpu] | None:
     """The smallest request that can leave for a GPU with room and suffices: (it, that GPU)."""
     best: tuple[Request, Gpu] | None = None
-    for gpu in draft.emptiest(search.width):
-        limit = budget if best is None else min(budget, best[0].need - 1)
-        ejected = _smallest_that_helps(draft, request, gpu, search, limit)
+    for room, gpu in draft.emptiest(search.width):
+        ejected = _smallest_that_helps(draft, request, room - search.reserve, gpu, budget)
         if ejected is None:
             continue
         target = draft.best_fit(ejected, search.reserve)
         if target is not None:
             best = ejected, target
+            budget = ejected.need - 1
     return best
+
+
+def _smallest_that_helps(
+    draft: Draft, request: Request, room: int, gpu: Gpu, budget: float
+) -> Request | None:
+    """The smallest request of the GPU, smaller than ``request``, whose leaving makes ``room``
+    suffice."""
+    missing = request.need - room
+    if missing <= 0 or missing > budget or missing >= request.need:
+        return None
+    needs = gpu.movable_needs()
+    for index in range(bisect_left(needs, missing), len(needs)):
+        if needs[index] >= request.need or needs[index] > budget:
+            return None
+        ejected = gpu.movable()[index]
+        if ejected not in draft.moves:
+            break
+    else:
+        return None
+    return None if gpu is request.plan or gpu.id in request.exclude else ejected

@@ -29,7 +29,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from mell_ray.scheduler.policies.base import Context, Policy
@@ -38,7 +37,6 @@ from mell_ray.scheduler.policies.eject import Search, make_way
 from mell_ray.scheduler.policies.headroom import Headroom
 from mell_ray.scheduler.state import Gpu, Request
 
-_need = attrgetter("need")
 _MAX_WAYS = 2  # chains of ejections per emptied GPU
 
 
@@ -48,7 +46,7 @@ class TideParams:
     price: float | None = None  # GPU-seconds per moved unit; None: from the cost model
     candidates: int = 8  # emptiest GPUs considered for emptying or for making room
     eject_candidates: int = 32  # emptiest GPUs considered for an ejection
-    chain: int = 3  # longest chain of ejections
+    chain: int = 2  # longest chain of ejections
     make_room_s: float = 1.0  # GPU-seconds that a displacement for an arrival may cost
 
     def __post_init__(self) -> None:
@@ -71,6 +69,7 @@ class Tide(Policy):
         self.earned = 0.0  # integral of superfluous GPUs
         self.spent = 0.0  # price x units moved by consolidation
         self.headroom = Headroom(self.params.headroom)
+        self._hopeless = -1, 0  # (state of the pool, need) for which no way was found
 
     def price(self) -> float:
         """GPU-seconds per moved unit."""
@@ -91,13 +90,15 @@ class Tide(Policy):
         """Displace smaller requests if that is worth a GPU not opened; returns where there is
         room then."""
         pool = self.pool
-        if sum(max(0, gpu.room()) for gpu in pool.used()) < request.need:
-            return None
+        frees, need = self._hopeless
+        if frees == pool.frees and request.need >= need:
+            return None  # less has been tried in vain, and no room has been freed since
         price = self.price()
         budget = self.params.make_room_s / price if price > 0 else float("inf")
         search = Search(self.params.eject_candidates, self.params.chain, 0)
         way = make_way(Draft(pool), request, search, budget)
         if way is None:
+            self._hopeless = pool.frees, request.need
             return None
         draft, gpu = way
         draft.commit(reason)
@@ -107,20 +108,20 @@ class Tide(Policy):
 
     def shed(self, gpu: Gpu) -> int:
         while gpu.room() < 0 and len(gpu.requests) > 1:
-            movable = gpu.movable()
-            if not movable:
+            if not gpu.movable():
                 return 0
-            victim, target = self._victim(movable, -gpu.room())
+            victim, target = self._victim(gpu)
             if target is None:
                 return victim.need
             self.headroom.shed(victim.need)
             self.pool.assign(victim, target, "overflow")
         return 0
 
-    def _victim(self, movable: list[Request], excess: int) -> tuple[Request, Gpu | None]:
+    def _victim(self, gpu: Gpu) -> tuple[Request, Gpu | None]:
         """Whom to shed, and where to: of the six smallest that suffice, the first that fits
         elsewhere with headroom; else the smallest."""
-        first = bisect_left(movable, excess, key=_need)
+        movable = gpu.movable()
+        first = bisect_left(gpu.movable_needs(), -gpu.room())
         enough = movable[first : first + 6] or movable[-1:]
         for victim in enough:
             target = self.pool.best_fit(victim, self.headroom.units, used=True)
@@ -136,7 +137,8 @@ class Tide(Policy):
 
     def tick(self, elapsed_s: float) -> None:
         used = self.pool.used()
-        self.headroom.tick(elapsed_s, len(used), self.pool.capacity, self.price())
+        capacity = self.pool.capacity
+        self.headroom.tick(elapsed_s, len(used), capacity, self.price())
         superfluous = self._superfluous(used)
         if not superfluous:
             self.bank = 0.0
@@ -152,7 +154,7 @@ class Tide(Policy):
             self.bank -= price * draft.moved
             self.spent += price * draft.moved
             superfluous -= 1
-        self.bank = min(self.bank, 2 * price * self.pool.capacity + elapsed_s)
+        self.bank = min(self.bank, 2 * price * capacity + elapsed_s)
 
     def _superfluous(self, used: list[Gpu]) -> int:
         """The most GPUs whose whole load fits, as if it were liquid, into the others' room."""
