@@ -8,7 +8,6 @@ point; what it leaves behind expires or is settled by the replicas themselves.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import Awaitable
@@ -151,7 +150,7 @@ async def _copy(
 
     Returns the first block that the freeze still has to carry.
     """
-    reservation = await target.reserve(order, dataclasses.replace(state, output_logprobs=[]))
+    reservation = await target.reserve(order, state)
     progress.cached_tokens = reservation.num_cached_tokens
     if order.mode == "token":
         await _catch_up(order.migration_id, source, target, state.num_tokens, limits, progress)

@@ -40,13 +40,21 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def request(
-    request_id: str, prompt: list[int], max_tokens: int, temperature: float = 0.0
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float = 0.0,
+    logprobs: int | None = None,
 ) -> RequestState:
     return RequestState(
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling=SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=11, ignore_eos=True
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=11,
+            ignore_eos=True,
+            logprobs=logprobs,
         ),
         generation=1,
         ingress_id="test",

@@ -100,6 +100,23 @@ async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> 
     assert await finish(pair) == tokens
 
 
+@pytest.mark.parametrize("mode", ["kv", "token"])
+async def test_logprobs_move_with_their_tokens(pair, mode) -> None:
+    await pair[0].submit(request("still", PROMPT, 80, logprobs=2))
+    await until(lambda: pair[0].tracks["still"].finished, "no progress")
+    await pair[0].submit(request("r", PROMPT, 80, logprobs=2))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 20, "no progress")
+    result = await move(SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", mode))
+    assert result.outcome == "committed", result.detail
+    tokens = await finish(pair)
+    assert tokens == pair[0].tracks["still"].token_ids
+    assert len(track.logprobs) == len(tokens)
+    for moved, still in zip(track.logprobs, pair[0].tracks["still"].logprobs, strict=True):
+        assert moved.logprob == pytest.approx(still.logprob, abs=1e-4)
+        assert [token for token, _ in moved.top] == [token for token, _ in still.top]
+
+
 async def test_kv_mode_sends_each_block_once_and_in_chunks(pair) -> None:
     await pair[0].submit(request("r", PROMPT, LENGTH))
     track = pair[0].tracks["r"]
