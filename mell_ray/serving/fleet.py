@@ -21,8 +21,8 @@ from ray.util import list_named_actors
 
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.errors import ServerError
-from mell_ray.serving.replica import CONTROL_GROUP, GPUReplica, ReplicaSpec
-from mell_ray.serving.wire import ReplicaInfo, ReplicaReport, ReplicaState
+from mell_ray.serving.replica import CONTROL_GROUP, GPUReplica
+from mell_ray.serving.wire import ReplicaInfo, ReplicaReport, ReplicaSpec, ReplicaState
 
 logger = logging.getLogger(__name__)
 

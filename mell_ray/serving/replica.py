@@ -13,13 +13,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import ray
 
-from mell_ray.config import LLMConfig, MigrationConfig
 from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import RequestState, Reservation, StepOutput
 from mell_ray.errors import ConflictError, FencedError
@@ -41,6 +39,7 @@ from mell_ray.serving.wire import (
     Moved,
     ReplicaInfo,
     ReplicaReport,
+    ReplicaSpec,
     StepSample,
     StreamItem,
     encode_delta,
@@ -54,28 +53,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-HEARTBEAT_S = 1.0
-PROGRESS_POLL_S = 0.003
+HEARTBEAT_S, PROGRESS_POLL_S = 1.0, 0.003
 REMEMBERED_EVICTIONS = 1024
 CONTROL_GROUP = "control"
 
 _control = ray.method(concurrency_group=CONTROL_GROUP)
 _control_pair = ray.method(concurrency_group=CONTROL_GROUP, num_returns=2)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSpec:
-    """Everything a replica is told at birth."""
-
-    replica_id: str
-    namespace: str
-    device: str  # "cuda" or "cpu"
-    llm: LLMConfig
-    migration: MigrationConfig
-    lease_s: float
-    ingress_timeout_s: float
-    config_hash: str
-    log_level: str
 
 
 class GPUReplica:
@@ -190,6 +173,7 @@ class GPUReplica:
         await self.in_engine(drop)
 
     async def keepalive(self, ingress_id: str) -> None:
+        """Show that the ingress lives; without it its requests are dropped after a while."""
         self._outbox(ingress_id).last_seen = time.monotonic()
 
     # --- control: Router -------------------------------------------------------------------

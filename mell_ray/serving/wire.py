@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mell_ray.config import LLMConfig, MigrationConfig
 from mell_ray.engine.types import (
     EngineStats,
     FinishReason,
@@ -70,6 +71,21 @@ def encode_delta(delta: TokenDelta) -> WireDelta:
 
 def decode_logprobs(logprobs: list[Any] | None) -> list[TokenLogprobs] | None:
     return logprobs and [TokenLogprobs(logprob, top) for logprob, top in logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """Everything a replica is told at birth."""
+
+    replica_id: str
+    namespace: str
+    device: str  # "cuda" or "cpu"
+    llm: LLMConfig
+    migration: MigrationConfig
+    lease_s: float
+    ingress_timeout_s: float
+    config_hash: str
+    log_level: str
 
 
 @dataclass(frozen=True, slots=True)
