@@ -38,6 +38,7 @@ class SchedulerConfig:
     params: Mapping[str, Any] = field(default_factory=dict)  # the policy's own settings
     growth_per_tick: int = 1
     tokens_per_unit: int = 16  # 16: sizes are blocks; 1: sizes are tokens
+    units_per_prefix_block: int = 1  # size of what one hash of a request's prefix stands for
     spare_gpus: int = 0  # empty GPUs kept ready, per model
     idle_grace_s: float = 10.0  # how long a superfluous empty GPU stays
     startup_s: float = 0.0  # expected; learnt from GPUs that come

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mell_ray.scheduler.events import MigrationMode
 
 if TYPE_CHECKING:
-    from mell_ray.scheduler.state import Gpu, Request
+    from mell_ray.scheduler.state import Gpu
 
 _LEARN = 0.2  # weight of the newest observation
 _OUTLIER = 4.0  # an observation counts as at most that factor off the estimate
@@ -96,9 +96,10 @@ class CostModel:
                 found.append(Estimate("hybrid", both, by_kv))
         return found
 
-    def choose(self, src: Gpu, dst: Gpu, request: Request, cached: int = 0) -> Estimate:
-        """The fastest way to move the request; the simpler one if two are equal."""
-        options = self.estimates(src, dst, request.size * self._unit, cached)
+    def choose(self, src: Gpu, dst: Gpu, size: int, cached: int = 0) -> Estimate:
+        """The fastest way to move ``size`` units, ``cached`` of them at ``dst`` already; the
+        simpler way if two are equal."""
+        options = self.estimates(src, dst, size * self._unit, cached * self._unit)
         allowed = [e for e in options if self._forced in ("auto", e.mode)]
         return min(allowed, key=lambda e: e.seconds)
 
@@ -107,10 +108,6 @@ class CostModel:
         request holds its memory twice for that long."""
         kv_rate = self._any_link.value / self._config.bytes_per_token
         return self._unit / max(kv_rate, self._any_prefill.value)
-
-    def pays(self, units: int, freed_gpu_seconds: float) -> bool:
-        """Whether moving ``units`` costs no more than the GPU-seconds that it frees."""
-        return units * self.price() <= freed_gpu_seconds
 
     def observe_kv(self, src: Gpu, dst: Gpu, moved_bytes: int, seconds: float) -> None:
         """Learn from a finished KV migration."""

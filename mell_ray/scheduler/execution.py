@@ -5,6 +5,7 @@ from __future__ import annotations
 from mell_ray.scheduler.config import SchedulerConfig
 from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import Decision, Migrate, MigrationMode, Place
+from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import WaitingLine
 from mell_ray.scheduler.state import Gpu, Pool, Request
 
@@ -17,12 +18,18 @@ class Executor:
     """
 
     def __init__(
-        self, pool: Pool, line: WaitingLine, config: SchedulerConfig, cost: CostModel
+        self,
+        pool: Pool,
+        line: WaitingLine,
+        config: SchedulerConfig,
+        cost: CostModel,
+        prefixes: PrefixIndex[Gpu],
     ) -> None:
         self._pool = pool
         self._line = line
         self._config = config
         self._cost = cost
+        self._prefixes = prefixes
         self.in_flight: dict[Request, None] = {}
 
     def flush(self, out: list[Decision]) -> None:
@@ -66,6 +73,8 @@ class Executor:
         gpu.held += request.need
         gpu.touch()
         self._line.remove(request)
+        if request.prefix:
+            self._prefixes.record(gpu, request.prefix, gpu.capacity)
         out.append(Place(request.id, gpu.id))
 
     def _depart(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
@@ -83,7 +92,8 @@ class Executor:
         assert request.dst is not None
         if request.wanted_mode is not None:
             return request.wanted_mode  # type: ignore[return-value]
-        return self._cost.choose(src, request.dst, request).mode
+        cached = self._prefixes.match(request.dst, request.prefix)
+        return self._cost.choose(src, request.dst, request.size, cached).mode
 
     def arrived(self, request: Request) -> None:
         """The migration in flight has ended well: the request runs at its destination."""
@@ -96,6 +106,8 @@ class Executor:
         request.wanted_mode = None
         dst.residents[request] = None
         dst.held += request.need
+        if request.prefix:
+            self._prefixes.record(dst, request.prefix, dst.capacity)
 
     def aborted(self, request: Request) -> None:
         """The migration in flight has failed: the request stays where it runs."""

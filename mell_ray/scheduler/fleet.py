@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mell_ray.scheduler.config import SchedulerConfig
 from mell_ray.scheduler.events import AcquireGpu, Decision, ReleaseGpu
@@ -30,9 +30,13 @@ class Fleet:
     when no starting GPU has room for them.
     """
 
-    def __init__(self, pool: Pool, config: SchedulerConfig) -> None:
+    def __init__(
+        self, pool: Pool, config: SchedulerConfig, released: Callable[[Gpu], None]
+    ) -> None:
+        """``released`` is told of each GPU that is given back."""
         self._pool = pool
         self._config = config
+        self._released = released
         self.starting: list[Starting] = []
         self.startup_s = config.startup_s
         self._retry_at = float("-inf")
@@ -135,4 +139,5 @@ class Fleet:
 
     def _release(self, gpu: Gpu, out: list[Decision]) -> None:
         self._pool.remove(gpu)
+        self._released(gpu)
         out.append(ReleaseGpu(gpu.id))

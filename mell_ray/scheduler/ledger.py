@@ -10,6 +10,7 @@ from mell_ray.scheduler.events import Decision, Preempt
 from mell_ray.scheduler.execution import Executor
 from mell_ray.scheduler.fleet import Fleet
 from mell_ray.scheduler.policies import Context, Policy
+from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import OVERTAKE_LIMIT, WaitingLine
 from mell_ray.scheduler.state import Gpu, Pool, Request
 
@@ -37,8 +38,9 @@ class Ledger:
         self.cost = cost
         self.pool = Pool(model, limits, known)
         self.line = WaitingLine()
-        self.fleet = Fleet(self.pool, config)
-        self.executor = Executor(self.pool, self.line, config, cost)
+        self.prefixes: PrefixIndex[Gpu] = PrefixIndex(config.units_per_prefix_block)
+        self.fleet = Fleet(self.pool, config, self._forget)
+        self.executor = Executor(self.pool, self.line, config, cost, self.prefixes)
         self._priorities: dict[int, int] = {}  # priority: requests that have it
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
         self._last_tick: float | None = None
@@ -46,10 +48,9 @@ class Ledger:
 
     def context(self, rng: Random) -> Context:
         """What a policy of this model is made with."""
-        price = self.config.migration_price
         return Context(
             pool=self.pool,
-            price=self.cost.price if price is None else lambda: price,
+            price=self.price,
             growth=self.config.growth_per_tick,
             may_move=self.config.migration_enabled,
             rng=rng,
@@ -81,7 +82,7 @@ class Ledger:
     def admit(self, request: Request, now: float, out: list[Decision]) -> bool:
         """Find a place for a new request, or let it wait; True if it runs now."""
         if not (len(self.line) and self.line.blocked(request)):
-            gpu = self.policy.place(request) or self._make_way(request, now, out)
+            gpu = self._place(request) or self._make_way(request, now, out)
             if gpu is not None:
                 if len(self.line):
                     self.line.overtake(request)
@@ -93,6 +94,32 @@ class Ledger:
         if request.plan is None:
             self.fleet.want(request.need, now, out, "demand")
         return False
+
+    def _place(self, request: Request) -> Gpu | None:
+        """Where the request's prefix is cached, if that saves more than it can cost; else where
+        the policy wants it."""
+        return self._where_cached(request) or self.policy.place(request)
+
+    def _where_cached(self, request: Request) -> Gpu | None:
+        """A place that does not suit the policy costs at most one move to mend; what it saves is
+        the prefill of what is cached there."""
+        if not request.prefix:
+            return None
+        best: Gpu | None = None
+        most = 0
+        for gpu, units in self.prefixes.matches(request.prefix).items():
+            fits = gpu.requests and gpu.state == "ready" and gpu.room() >= request.need
+            if fits and gpu.id not in request.exclude and units > most:
+                best, most = gpu, units
+        if best is None:
+            return None
+        saved_s = most * self.config.tokens_per_unit / self.cost.prefill_rate(best)
+        return best if saved_s > request.need * self.price() else None
+
+    def price(self) -> float:
+        """GPU-seconds that moving one unit costs."""
+        fixed = self.config.migration_price
+        return self.cost.price() if fixed is None else fixed
 
     def _make_way(self, request: Request, now: float, out: list[Decision]) -> Gpu | None:
         """At the largest fleet, preempt less important requests for a more important one."""
@@ -188,7 +215,7 @@ class Ledger:
         for request in self.line.first(_BATCH):
             if request.plan is not None:
                 continue
-            gpu = self.policy.place(request)
+            gpu = self._place(request)
             if gpu is None:
                 failed += 1
                 if failed == _TRIES or request.overtaken >= OVERTAKE_LIMIT:
@@ -260,7 +287,13 @@ class Ledger:
             else:
                 self.pool.assign(request, request.gpu)
         self.pool.remove(gpu)
+        self._forget(gpu)
         return gone
+
+    def _forget(self, gpu: Gpu) -> None:
+        """The GPU is gone: what was learnt about it is of no use."""
+        self.prefixes.forget(gpu)
+        self.cost.forget(gpu)
 
     def tick(self, now: float, out: list[Decision]) -> None:
         """The planning epoch."""

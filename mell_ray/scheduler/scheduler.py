@@ -294,7 +294,6 @@ class Scheduler:
         ledger = self._ledgers[gpu.pool.model]
         for request in ledger.lose(gpu):
             del self._requests[request.id]
-        self.cost.forget(gpu)
         ledger.settle(self._out)
 
     def _acquire_failed(self, event: AcquireFailed) -> None:

@@ -30,12 +30,14 @@ from mell_ray.scheduler.events import (
     ReleaseGpu,
     Tick,
 )
+from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.simulation.fleet import SimFleet
 from mell_ray.simulation.measure import Meter
 from mell_ray.simulation.transform import prepare
 from mell_ray.simulation.types import EventSink, SimOptions, SimResult, TraceRow
 
 MODEL = "model"
+PREFIX_BLOCK_TOKENS = 512  # what one of a trace's prefix hashes stands for
 _UNLIMITED = 1 << 30
 
 
@@ -79,6 +81,7 @@ def scheduler_config(options: SimOptions) -> SchedulerConfig:
         params=options.params,
         growth_per_tick=options.growth_tokens,
         tokens_per_unit=1,
+        units_per_prefix_block=PREFIX_BLOCK_TOKENS,
         spare_gpus=options.spare_gpus,
         idle_grace_s=options.idle_grace_s,
         startup_s=options.startup_s,
@@ -91,7 +94,7 @@ def scheduler_config(options: SimOptions) -> SchedulerConfig:
 class _Live:
     """A request between arrival and end. Tokens are counted from ``base`` at time ``since``."""
 
-    __slots__ = ("asked", "base", "gpu", "id", "row", "since", "size", "total")
+    __slots__ = ("asked", "base", "gpu", "id", "prefix", "row", "since", "size", "total")
 
     def __init__(self, row: TraceRow, asked: float) -> None:
         self.row = row
@@ -101,6 +104,7 @@ class _Live:
         self.base = self.size
         self.since = 0.0
         self.gpu = ""  # where it runs; "": it waits
+        self.prefix = tuple(block.encode() for block in row.prefix_hashes)
         self.asked = asked  # when the scheduler was given it (again)
 
 
@@ -123,6 +127,7 @@ class Simulation:
         self._later: list[tuple[float, int, Event]] = []  # ends of start-ups and migrations
         self._sequence = 0
         self._todo: deque[Event] = deque()
+        self._caches: PrefixIndex[str] = PrefixIndex(PREFIX_BLOCK_TOKENS)
 
     def run(self, progress: Callable[[float], None] | None = None) -> SimResult:
         step, step_s = 0, self.options.report_s
@@ -203,8 +208,11 @@ class Simulation:
     def _arrive(self, row: TraceRow) -> None:
         live = _Live(row, self.now)
         self._live[live.id] = live
-        # The scheduler is not told the output's length, only what a GPU can hold.
-        self._happen(Arrive(live.id, MODEL, live.size, max(live.total, self.options.gpu_tokens)))
+        # The scheduler is not told the output's length, only what a GPU can hold. Prefixes matter
+        # only where prefill takes time.
+        limit = max(live.total, self.options.gpu_tokens)
+        prefix = live.prefix if self.options.prefill_tokens_per_s else ()
+        self._happen(Arrive(live.id, MODEL, live.size, limit, prefix=prefix))
 
     def _end(self, live: _Live) -> None:
         live.size = live.total
@@ -265,6 +273,7 @@ class Simulation:
                 case ReleaseGpu(gpu):
                     self._emit("gpu_close", gpu=gpu)
                     self.fleet.release(gpu)
+                    self._caches.forget(gpu)
                 case Preempt(request, gpu):
                     self._preempt(self._live[request], gpu)
                 case Reject(request):
@@ -283,21 +292,26 @@ class Simulation:
     def _place(self, live: _Live, gpu: str) -> None:
         live.gpu = gpu
         live.base = live.size
-        live.since = self.now + self._prefill_s(live.size)
+        live.since = self.now + self._prefill_s(live, gpu)
         self._running[live.id] = live
         self.fleet.enter(gpu)
         self.meter.placed(self.now - live.asked)
         self._emit("place", request=live.row.request, gpu=gpu, tokens=live.size)
 
-    def _prefill_s(self, tokens: int) -> float:
+    def _prefill_s(self, live: _Live, gpu: str) -> float:
+        """Seconds until the GPU has computed the request's tokens; its prefix stays cached."""
         rate = self.options.prefill_tokens_per_s
-        return tokens / rate if rate else 0.0
+        if not rate:
+            return 0.0
+        cached = min(self._caches.match(gpu, live.prefix), live.size)
+        self._caches.record(gpu, live.prefix, self.options.gpu_tokens)
+        return (live.size - cached) / rate
 
     def _migrate(self, decision: Migrate) -> None:
         live = self._live[decision.request]
         self.meter.started(live.size, decision.mode, decision.reason)
         if decision.mode == "token":
-            seconds, moved = self._prefill_s(live.size), 0
+            seconds, moved = self._prefill_s(live, decision.dst), 0
         else:
             moved = live.size * self.options.kv_bytes_per_token
             link = self.options.link_bytes_per_s

@@ -21,6 +21,10 @@ class Context:
     may_move: bool  # migration is enabled
     rng: Random
 
+    def pays(self, units: int, gpu_seconds: float) -> bool:
+        """Whether moving ``units`` costs no more than that many GPU-seconds."""
+        return units * self.price() <= gpu_seconds
+
 
 @dataclass(frozen=True)
 class NoParams:

@@ -2,7 +2,8 @@
 
 Places each request on the GPU with the least room that suffices. An overfull GPU gives up the
 smallest request that suffices. With ``consolidate`` the emptiest GPU is emptied as a whole when it
-is less full than ``below`` and has been so for ``patience_s``, if all its requests fit elsewhere.
+is less full than ``below`` and has been so for ``patience_s`` and for as long as the moves cost, if
+all its requests fit elsewhere.
 
 Guarantees (literature): without moves best fit uses at most 1.7 x OPT + 2 GPUs while requests only
 arrive; with departures its GPU-seconds have no bound (MinUsageTime dynamic bin packing, Li, Tang
@@ -54,7 +55,11 @@ class BestFit(Policy):
             if gpu.load < self.params.below * gpu.capacity:
                 patience[gpu] = self._low_s.get(gpu, 0.0) + elapsed_s
         self._low_s = patience
-        patient = [g for g, low_s in patience.items() if low_s >= self.params.patience_s]
+        patient = [
+            gpu
+            for gpu, low_s in patience.items()
+            if low_s >= self.params.patience_s and self.context.pays(gpu.load, low_s)
+        ]
         nodes = self.pool.by_node
         for gpu in sorted(patient, key=lambda g: (nodes.get(g.node, 0), g.load, g.slot)):
             if drain(self, gpu):

@@ -15,8 +15,8 @@ Guarantees:
   other has less than e x C free under its headroom H, so GPUs < sum / ((1 - e) C - H) + 1.
 * Per operation: an arrival plans at most one move besides its own placement. An emptied GPU moves
   all of its own requests and at most two others, and none if any of its requests has no place.
-* Headroom costs and shedding costs are kept level: within a factor of two of the best fixed
-  headroom under a stationary load.
+* Headroom settles where more of it would cost as much as it saves in moves, under the law stated in
+  ``headroom``.
 
 Sources: best fit decreasing; ski rental; size-cost recourse as in Feldkord et al. (ICALP 2018), by
 which (1 + e) x OPT needs of the order of 1/e moved units per inserted or deleted one. No worst-case
