@@ -46,6 +46,11 @@ def test_packaged_default_is_the_local_deployment() -> None:
             "/no/such/model",
         ),
         (
+            ("llm_configs", 0, "model_loading_config", "model_source"),
+            "/tmp",
+            r"no config\.json in '/tmp'",
+        ),
+        (
             ("llm_configs", 0, "deployment_config", "autoscaling_config", "min_replicas"),
             9,
             "min_replicas",

@@ -118,6 +118,7 @@ def evacuate(
 def _read_config(path: Path) -> dict[str, Any]:
     """Parse and check a Serve config as far as it is ours, before anything starts."""
     from mell_ray.config import MellConfig
+    from mell_ray.serving.checks import check_config
 
     try:
         settings = yaml.safe_load(path.read_text())
@@ -129,7 +130,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: applications: a Serve config needs a list of applications")
     for application in settings["applications"]:
         if str(application.get("import_path", "")).startswith("mell_ray."):
-            MellConfig.parse(application.get("args") or {})
+            check_config(MellConfig.parse(application.get("args") or {}))
     return settings
 
 

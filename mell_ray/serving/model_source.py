@@ -17,7 +17,7 @@ def resolve_source(llm: LLMConfig) -> str:
     """A directory or a hub id.
 
     Raises:
-        ConfigError: the source is written like a path and is no directory.
+        ConfigError: the source is written like a path and is no directory, or holds no model.
     """
     source = llm.model_loading_config.source
     if source == BUILTIN_SOURCE:
@@ -28,7 +28,13 @@ def resolve_source(llm: LLMConfig) -> str:
             f"llm_configs[{llm.model_id}].model_loading_config.model_source: "
             f"{source!r} is not a directory; give a Hugging Face id, a directory, or 'builtin'"
         )
-    return str(Path(source).expanduser()) if looks_like_path else source
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"llm_configs[{llm.model_id}].model_loading_config.model_source: "
+            f"there is no config.json in {source!r}; it is not a model's directory"
+        )
+    return str(directory) if looks_like_path else source
 
 
 def load_tokenizer(llm: LLMConfig) -> Any:

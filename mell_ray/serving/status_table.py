@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH = 20
+BAR_WIDTH = 12
 MAX_REQUESTS = 30
 _STYLES = {"ready": "green", "starting": "yellow", "draining": "magenta"}
 
@@ -21,7 +21,11 @@ def render(state: dict[str, Any]) -> RenderableType:
 def _replicas(replicas: list[dict[str, Any]]) -> Table:
     table = Table(title="Replicas", title_justify="left", expand=False)
     for name in ("replica", "model", "state", "KV blocks", "", "running", "waiting", "pid"):
-        table.add_column(name, justify="right" if name in ("running", "waiting", "pid") else "left")
+        table.add_column(
+            name,
+            justify="right" if name in ("running", "waiting", "pid") else "left",
+            no_wrap=name in ("replica", "KV blocks", ""),
+        )
     for replica in replicas:
         used, capacity = replica["used_blocks"], replica["capacity_blocks"]
         table.add_row(
@@ -40,7 +44,11 @@ def _replicas(replicas: list[dict[str, Any]]) -> Table:
 def _requests(requests: list[dict[str, Any]]) -> Table:
     table = Table(title="Requests", title_justify="left", expand=False)
     for name in ("request", "replica", "tokens", "blocks", "migrations"):
-        table.add_column(name, justify="left" if name in ("request", "replica") else "right")
+        table.add_column(
+            name,
+            justify="left" if name in ("request", "replica") else "right",
+            no_wrap=name == "request",
+        )
     largest = sorted(requests, key=lambda request: -request["tokens"])
     for request in largest[:MAX_REQUESTS]:
         table.add_row(
