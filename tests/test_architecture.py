@@ -18,6 +18,7 @@ ALLOWED = {
     "engine": {"engine", "builtin", "config", "errors"},
     "migration": {"migration", "engine", "config", "errors"},
     "openai": {"openai", "engine", "errors"},
+    "observability": {"observability", "migration", "engine", "config", "errors"},
     "builtin": {"builtin"},
 }
 PURE = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from mell_ray.config import MellConfig
+from mell_ray.migration.types import MigrationResult
 from mell_ray.scheduler import Scheduler
 from mell_ray.scheduler.events import Decision, Event, Finish
 from mell_ray.serving.books import Entry, RequestBook
@@ -36,6 +37,7 @@ class Core:
         self.limits = dict(planned.models)
         self.scheduler = Scheduler(planned, seed=self.settings.seed)
         self.carry_out: Callable[[Decision], None] = lambda _: None
+        self.on_migrated: Callable[[MigrationResult], None] = lambda _: None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def handle(self, event: Event) -> None:

@@ -21,11 +21,13 @@ from starlette.exceptions import HTTPException
 
 from mell_ray.config import LLMConfig, MellConfig
 from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, OverloadedError
+from mell_ray.observability.recorder import RayRecorder
 from mell_ray.openai.errors import error_body
 from mell_ray.openai.response import model_list, sse_error
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
+from mell_ray.serving.page import PageData
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.runner import Job, Runner, check_fits
 from mell_ray.serving.service import Prepared, ServedModel, Service
@@ -83,11 +85,16 @@ class Ingress:
         configure_logging(config.mell.log_level)
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)
-        self._runner = Runner(namespace, uuid.uuid4().hex, self._router)
+        names = [llm.model_id for llm in config.llm_configs]
+        recorder = RayRecorder("ingress")
+        for name in names:
+            recorder.start_from_zero(model=name)
+        self._runner = Runner(namespace, uuid.uuid4().hex, self._router, names, recorder)
         loop = asyncio.get_running_loop()
         models = [
             await loop.run_in_executor(None, _served_model, llm) for llm in config.llm_configs
         ]
+        self._page_data = PageData(self._router)
         self._default_model = models[0].model_id
         self._service = Service(
             models, self._runner, _PoolLimits(self._router), config.mell.ingress.default_max_tokens
@@ -125,6 +132,11 @@ class Ingress:
     @app.get("/mell/v1/state")
     async def state(self) -> Response:
         return JSONResponse(await self._router.call("state"))
+
+    @app.get("/mell/v1/live")
+    async def live(self) -> Response:
+        data = await self._page_data.get()
+        return Response(data, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     @app.get("/mell/v1/migrations")
     async def migrations(self) -> Response:

@@ -70,6 +70,7 @@ class Moves:
         return result
 
     def _ended(self, result: MigrationResult, entry: Entry) -> None:
+        self._core.on_migrated(result)
         order, book = result.order, self._core.books[entry.model_id]
         current = book.get(order.request_id) is entry
         if current:

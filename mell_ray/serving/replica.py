@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from mell_ray.engine.loop import EngineLoop
-from mell_ray.engine.types import RequestState, Reservation, StepOutput
+from mell_ray.engine.types import EngineStats, RequestState, Reservation, StepOutput
 from mell_ray.errors import ConflictError, FencedError
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
@@ -30,6 +30,8 @@ from mell_ray.migration.types import (
     Settlement,
     TokenTail,
 )
+from mell_ray.observability.recorder import RayRecorder
+from mell_ray.observability.replica import ReplicaMeter
 from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.outbox import Outbox
@@ -68,6 +70,7 @@ class GPUReplica:
         from mell_ray.serving.model_source import build_engine
 
         configure_logging(spec.log_level)
+        born = time.monotonic()
         self._spec = spec
         self._engine = build_engine(spec.llm, spec.device)
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
@@ -80,6 +83,9 @@ class GPUReplica:
         self._retired = False
         self._step: StepSample | None = None
         self._changed: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        recorder = RayRecorder("replica")
+        recorder.start_from_zero(model=spec.llm.model_id)
+        self._meter = ReplicaMeter(recorder, spec.llm.model_id, spec.replica_id, born)
         self._loop.start()
         self._housekeeping = Housekeeping(self, spec.namespace, spec.lease_s)
         self._housekeeping.start()
@@ -359,15 +365,16 @@ class GPUReplica:
         deadline = time.monotonic() - self._spec.ingress_timeout_s
         gone = {name for name, box in list(self._outboxes.items()) if box.last_seen < deadline}
 
-        def drop(engine: Engine) -> None:
+        def drop(engine: Engine) -> EngineStats:
             self._source.expire()
             self._target.expire(engine)
             for request_id, ingress in list(self._ingress_of.items()):
                 if ingress in gone:
                     logger.warning("ingress %s is gone: dropping %s", ingress, request_id)
                     self._forget(engine, request_id)
+            return engine.stats()
 
-        self._loop.call(drop).result()
+        self._meter.sample(self._loop.call(drop).result())
         for name in gone:
             self._outboxes.pop(name, None)
 

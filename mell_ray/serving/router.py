@@ -14,6 +14,8 @@ from ray import serve
 
 from mell_ray.config import MellConfig
 from mell_ray.errors import ConflictError, NotFoundError, ServerError
+from mell_ray.observability.pulse import Pulse
+from mell_ray.observability.recorder import RayRecorder
 from mell_ray.scheduler.events import (
     AcquireGpu,
     Cordon,
@@ -30,6 +32,7 @@ from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import Replica
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.moves import Moves, migration_dict
+from mell_ray.serving.observer import Observer
 from mell_ray.serving.placement import Placement
 from mell_ray.serving.snapshot import state_snapshot
 from mell_ray.serving.watch import Watch
@@ -46,6 +49,8 @@ class Router:
         self._placement = Placement(core, self._look_into)
         self._watch = Watch(core, self._placement.refuse_model)
         core.carry_out = self._carry_out
+        self._observer = Observer(core, RayRecorder("router"), self._placement.waiting)
+        core.on_migrated = self._observer.migrated
         await self._watch.attach()
         self._clock = core.spawn(self._run_clock())
         await self._wait_for_first_replicas()
@@ -72,7 +77,9 @@ class Router:
             for book in self._core.books.values():
                 for event in book.unclaimed(now):
                     self._core.handle(event)
+            started = time.perf_counter()
             self._core.handle(Tick())
+            self._observer.epoch(time.perf_counter() - started)
 
     def _carry_out(self, decision: Decision) -> None:
         match decision:
@@ -99,6 +106,10 @@ class Router:
         for request_id in request_ids:
             self._placement.forget(request_id)
 
+    async def tell(self, pulse: Pulse) -> None:
+        """What an ingress has served in the last second."""
+        self._observer.heard(pulse)
+
     async def ping(self) -> None:
         """Answer, to show that the Router lives."""
 
@@ -122,6 +133,10 @@ class Router:
         """Every replica and request, as the replicas see them now."""
         await self._watch.poll_all()
         return state_snapshot(self._core.fleet.replicas.values(), self._placement.waiting())
+
+    async def page_data(self) -> bytes:
+        """JSON for the status page."""
+        return self._observer.page_data()
 
     async def migrations(self) -> list[dict[str, Any]]:
         """The most recent migrations, oldest first."""

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
 
 from ray.exceptions import RayActorError, RayTaskError
 
 from mell_ray.engine.types import RequestState, SamplingParams
-from mell_ray.errors import ConflictError, FencedError, InvalidRequestError, ServerError
+from mell_ray.errors import (
+    ConflictError,
+    FencedError,
+    InvalidRequestError,
+    MellError,
+    ServerError,
+)
+from mell_ray.observability.clock import RequestClock
+from mell_ray.observability.pulse import Pulse
+from mell_ray.observability.recorder import Recorder
+from mell_ray.observability.requests import FLUSH_S, RequestMeter
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
@@ -33,6 +43,7 @@ class Lost:
 
 @dataclass(slots=True)
 class Live:
+    job: Job
     track: Track
     events: asyncio.Queue[Accepted | Lost]
 
@@ -46,16 +57,27 @@ class Job:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    clock: RequestClock = field(default_factory=RequestClock)
 
 
 class Runner:
-    """All requests of one ingress."""
+    """All requests of one ingress, for the models named."""
 
-    def __init__(self, namespace: str, ingress_id: str, router: RouterClient) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        ingress_id: str,
+        router: RouterClient,
+        models: Iterable[str],
+        recorder: Recorder,
+    ) -> None:
         self._ingress_id = ingress_id
         self._router = router
         self._live: dict[str, Live] = {}
         self._links = ReplicaLinks(namespace, ingress_id, self._on_item, self._on_lost)
+        self._meter = RequestMeter(recorder, models, self._tell)
+        self._telling: asyncio.Task[None] | None = None
+        self._links.spawn(self._flush_meter())
 
     async def run(self, job: Job) -> AsyncGenerator[Accepted, None]:
         """Generate. The caller may stop early (``aclose``): the request is then dropped.
@@ -66,7 +88,8 @@ class Runner:
         if job.request_id in self._live:
             raise ConflictError(f"request {job.request_id} is running already; use another id")
         track = Track(job.request_id, replica_id="", generation=0)
-        live = Live(track, asyncio.Queue())
+        live = Live(job, track, asyncio.Queue())
+        outcome = "cancelled"
         self._live[job.request_id] = live
         try:
             await self._start(job, track, lost=None)
@@ -75,6 +98,7 @@ class Runner:
                 event = await live.events.get()
                 if isinstance(event, Accepted):
                     failures = 0
+                    outcome = event.finish_reason or outcome
                     if event.error is not None:
                         raise ServerError(event.error)
                     yield event
@@ -84,8 +108,16 @@ class Runner:
                         raise ServerError(
                             f"{failures} replicas died one after another with this request"
                         )
+                    self._meter.lost(job.model_id, job.clock, died=event.died)
                     await self._start(job, track, lost=event.replica_id)
+        except Exception as error:
+            refused = isinstance(error, MellError) and not isinstance(error, ServerError)
+            outcome = "refused" if refused else "error"
+            raise
         finally:
+            if job.clock.stopped:
+                outcome = "stop"
+            self._meter.finished(job.model_id, job.clock, outcome)
             del self._live[job.request_id]
             if not track.finished:
                 self._abandon(track)
@@ -106,6 +138,7 @@ class Runner:
                 )
             )
             track.take_over(lease.replica_id, lease.generation)
+            self._meter.placed(job.model_id, job.clock)
             try:
                 actor = await self._links.ensure(lease.replica_id)
                 if not lease.existing:
@@ -137,6 +170,24 @@ class Runner:
             self._links.cancel(track.replica_id, [track.request_id])
         self._links.spawn(self._router.call("forget", [track.request_id]))
 
+    # --- metrics ---------------------------------------------------------------------------
+
+    async def _flush_meter(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            self._meter.flush()
+
+    def _tell(self, pulse: Pulse) -> None:
+        """Let the Router know, one pulse at a time: while it is being replaced they are lost."""
+        if self._telling is None or self._telling.done():
+            self._telling = self._links.spawn(self._tell_router(pulse))
+
+    async def _tell_router(self, pulse: Pulse) -> None:
+        try:
+            await self._router.call("tell", pulse)
+        except MellError as error:
+            logger.info("a pulse was lost: %s", error)
+
     # --- streams ---------------------------------------------------------------------------
 
     def _on_item(self, replica_id: str, item: StreamItem) -> None:
@@ -150,15 +201,29 @@ class Runner:
             before = live.track.violations
             accepted = live.track.accept(replica_id, delta)
             if accepted is not None:
+                if accepted.token_ids:
+                    self._delivered(live, replica_id, delta[1], len(accepted.token_ids))
                 live.events.put_nowait(accepted)
             elif delta[5] is None and live.track.is_ahead(delta):
                 strays.append(delta[0])
             if live.track.violations > before:
+                self._meter.violated(live.job.model_id)
                 logger.error("exactly-once violated: %s by %s", delta[0], replica_id)
         if strays:
             self._links.cancel(replica_id, strays)
         for notice in item.notices:
             self._on_notice(replica_id, notice)
+
+    def _delivered(self, live: Live, replica_id: str, generation: int, num_tokens: int) -> None:
+        job = live.job
+        self._meter.delivered(
+            job.model_id,
+            job.clock,
+            replica_id,
+            generation,
+            num_tokens,
+            len(job.prompt_token_ids),
+        )
 
     def _on_notice(self, replica_id: str, notice: Migrating | Moved | Evicted) -> None:
         live = self._live.get(notice.request_id)

@@ -265,6 +265,7 @@ class Service:
             async for delta in accepted:
                 piece = text.push(delta.token_ids, delta.logprobs)
                 if piece.stopped:
+                    prepared.jobs[index].clock.stopped = True
                     yield ChoiceEvent(index, piece, "stop")
                     return
                 if delta.finish_reason is not None:

@@ -17,6 +17,7 @@ os.environ.update(
     RAY_SERVE_LOG_TO_STDERR="0",
     RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.02",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_metrics_report_interval_ms="1000",
 )
 
 import httpx

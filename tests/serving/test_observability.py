@@ -1,0 +1,115 @@
+"""Metrics and the status page's data, from a live application under traffic."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import ray
+
+from mell_ray.builtin import MODEL_ID
+from mell_ray.observability.catalog import METRICS
+from mell_ray.serving.page import KEEP_S
+from tests.serving.conftest import App
+
+
+@pytest.fixture(scope="module")
+def app(deploy) -> App:
+    # The policy leaves moves to the test; small pools, so that blocks are seen to be used.
+    app = deploy("observe", replicas=(2, 2), mell={"policy": {"name": "worst-fit"}})
+    app.wait_ready(2)
+    return app
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(app: App) -> dict:
+    """Traffic with a migration in each mode; what the last live view of it was like."""
+    with ThreadPoolExecutor(4) as pool:
+        pending = [pool.submit(complete, app, f"Chapter {i}. It was", 60) for i in range(4)]
+        seen = {mode: move_one(app, mode) for mode in ("kv", "token")}
+        tokens = sum(future.result() for future in pending)
+    app.wait_idle()
+    return {"tokens": tokens, **seen}
+
+
+def complete(app: App, prompt: str, length: int) -> int:
+    body = {"model": MODEL_ID, "prompt": prompt, "max_tokens": length, "ignore_eos": True}
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, timeout=120).json()
+    return answer["usage"]["completion_tokens"]
+
+
+def move_one(app: App, mode: str) -> dict:
+    body = {"model": MODEL_ID, "prompt": f"{mode}: a", "max_tokens": 300, "ignore_eos": True}
+    url = f"{app.url}/v1/completions"
+    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
+        lines = response.iter_lines()
+        next(lines)
+        request = response.headers["x-request-id"]
+        answer = app.post(f"requests/{request}/migrate", {"to": None, "mode": mode}).json()
+        assert answer["outcome"] == "committed"
+        for _ in lines:
+            pass
+    return answer
+
+
+def scrape() -> str:
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return httpx.get(url, timeout=30).text
+
+
+def samples(text: str) -> dict[str, float]:
+    """Sums by exported name."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("ray_mell_"):
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+def test_every_metric_is_exported(served: dict) -> None:
+    wanted = {
+        metric.exported + ("_count" if metric.kind == "histogram" else "") for metric in METRICS
+    } - {"ray_mell_recoveries_total"}  # nothing has died here
+    deadline = time.monotonic() + 30
+    while True:
+        sums = samples(scrape())
+        enough = sums.get("ray_mell_generation_tokens_total", 0) >= served["tokens"] + 600
+        if (wanted <= set(sums) and enough) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert wanted <= set(sums)
+    assert sums["ray_mell_generation_tokens_total"] >= served["tokens"] + 600
+    assert sums["ray_mell_exactly_once_violations_total"] == 0
+    assert sums["ray_mell_migration_bytes_total"] >= served["kv"]["bytes"] > 0
+    assert sums["ray_mell_gpu_seconds_total"] > 0
+    assert sums["ray_mell_time_to_first_token_seconds_count"] >= 6
+
+
+def test_live_view_shows_gpus_moves_and_rates(app: App) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        view = httpx.get(f"{app.url}/mell/v1/live", timeout=30).json()
+        done = view["rates"]["ttft_p50_ms"] is not None and len(view["history"]["used"]) > 1
+        if done or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert {gpu["id"] for gpu in view["gpus"]} == {r["id"] for r in app.state()["replicas"]}
+    assert [move["mode"] for move in view["moves"]] == ["kv", "token"]
+    assert all(move["outcome"] == "committed" for move in view["moves"])
+    assert view["rates"]["stall_max_ms"] > 0
+    assert max(view["history"]["used"]) >= 1
+    assert max(view["history"]["bound"]) >= 1
+
+
+def test_many_viewers_cost_one_look_a_second(app: App) -> None:
+    url = f"{app.url}/mell/v1/live"
+    started = time.monotonic()
+    with httpx.Client(timeout=30) as client:
+        views = [client.get(url).json()["time"] for _ in range(30)]
+    assert len(set(views)) <= (time.monotonic() - started) / KEEP_S + 1
