@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mell_ray.bench import cli as bench
 from mell_ray.errors import ConfigError, MellError
 from mell_ray.serving import cli as serving
 from mell_ray.simulation import cli as simulation
@@ -60,6 +61,7 @@ def _root(
 
 serving.register(app)
 simulation.register(app)
+bench.register(app)
 
 
 def main() -> None:

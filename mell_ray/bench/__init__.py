@@ -1,0 +1,1 @@
+"""``mell-ray bench``: what this machine does with a model, measured."""

@@ -1,0 +1,146 @@
+"""``mell-ray bench``: registration and options. Nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mell_ray.bench.workload import BenchRequest
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure what this machine does with a model.", name="bench"
+)
+
+
+def register(root: typer.Typer) -> None:
+    """Add this package's commands to the command line."""
+    root.add_typer(app)
+
+
+@app.command()
+def throughput(
+    model: Annotated[
+        str,
+        typer.Option(metavar="ID_OR_PATH", help="Hugging Face id, a directory, or 'builtin'."),
+    ],
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests to run.")] = 64,
+    input_len: Annotated[
+        str, typer.Option(metavar="N|LOW:HIGH", help="Prompt tokens of a request.")
+    ] = "128",
+    output_len: Annotated[
+        str, typer.Option(metavar="N|LOW:HIGH", help="Output tokens of a request.")
+    ] = "64:128",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests running at once.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16; 'auto': bfloat16 where this CPU computes it in "
+            "hardware (AMX, AVX512-BF16), else float32."
+        ),
+    ] = "auto",
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Token budget of one step.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Of the random prompts and lengths.")] = 0,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Run these instead of random ones: a JSON list of objects with prompt_token_ids "
+            "and output_len.",
+        ),
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")
+    ] = None,
+) -> None:
+    """Output tokens per second, TTFT and ITL of one engine under a fixed number of requests.
+
+    The engine runs in this process on the CPU, without Ray and HTTP; sampling is greedy and end
+    tokens are ignored. `cold_start_s` is the time from the start of the process to a first token.
+    """
+    from mell_ray.bench.throughput import ThroughputOptions, measure
+    from mell_ray.bench.workload import LengthRange, load_requests, random_requests
+
+    inputs = LengthRange.parse(input_len, "--input-len")
+    outputs = LengthRange.parse(output_len, "--output-len")
+    given = None if requests is None else load_requests(requests)
+
+    def make(vocab_size: int) -> list[BenchRequest]:
+        if given is not None:
+            return given
+        return random_requests(num_prompts, inputs, outputs, vocab_size, seed)
+
+    options = ThroughputOptions(
+        model=model,
+        concurrency=concurrency,
+        threads=threads,
+        dtype=dtype,
+        max_num_batched_tokens=max_num_batched_tokens,
+        seed=seed,
+    )
+    with _progress() as on_phase:
+        result = measure(options, make, on_phase)
+    _print(result)
+    if json_out is not None:
+        json_out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("")
+
+        def on_phase(name: str, num_tokens: int) -> Callable[[int], None]:
+            bars.reset(task, description=name, total=num_tokens or None)
+            return lambda tokens: bars.advance(task, tokens)
+
+        yield on_phase
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = result["settings"]
+    table = Table(
+        title=f"{result['num_requests']} requests, {settings['concurrency']} at once, "
+        f"{settings['threads']} threads, {settings['dtype']}",
+        title_justify="left",
+    )
+    for name in ("", "p50", "p99", "mean"):
+        table.add_column(name, justify="left" if not name else "right")
+    for key, label in (
+        ("ttft_ms", "Time to first token, ms"),
+        ("itl_ms", "Inter-token latency, ms"),
+        ("e2e_ms", "Whole request, ms"),
+    ):
+        cells = [result[key][name] for name in ("p50", "p99", "mean")]
+        table.add_row(label, *("–" if cell is None else f"{cell:,.1f}" for cell in cells))
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(
+        f"{result['output_tokens_per_s']:,.1f} output tokens/s "
+        f"({result['output_tokens']:,} in {result['duration_s']:.2f} s); "
+        f"cold start to first token {result['cold_start_s']:.1f} s"
+    )
