@@ -209,6 +209,7 @@ class Engine:
             waiting=len(planner.waiting),
             prefix_hit_tokens=planner.prefix_hit_tokens,
             prefix_query_tokens=planner.prefix_query_tokens,
+            prefix_evictions=self._blocks.evictions,
             preemptions=planner.preemptions,
         )
 
