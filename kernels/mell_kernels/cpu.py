@@ -1,11 +1,12 @@
 """Paged attention and KV copies in plain torch, made for a CPU.
 
-The pool is block-major, ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``. Seen
-as rows of one (block, layer, K or V) each it is a plain matrix, and so it is with rows of one token
-each: the keys and values that a sequence needs in a layer are one ``index_select`` into a workspace
-that stays in the cache. Sequences are served one after the other, since a batched gather of long
-ones reads more memory than it saves calls; decodes that are short enough to fit into the cache
-together are served together. On another device the same code is right, and slow.
+The pool is block-major, ``[num_blocks, num_layers, planes, block_size, num_kv_heads, head_dim]``
+(see ``ops``). Seen as rows of one (block, layer, plane) each it is a plain matrix, and so it is
+with rows of one token each: the keys and values that a sequence needs in a layer are one
+``index_select`` into a workspace that stays in the cache. Sequences are served one after the other,
+since a batched gather of long ones reads more memory than it saves calls; decodes that are short
+enough to fit into the cache together are served together. On another device the same code is
+right, and slow.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Single(NamedTuple):
 
     q_start: int
     q_end: int
-    num_rows: int  # of the gathered matrix: K blocks, then V blocks
+    num_rows: int  # of the gathered matrix: K blocks, then V blocks where there are planes for both
     skip: int  # gathered tokens before the first key in reach
     num_keys: int
     mask: torch.Tensor | None  # [q, keys] to add, where causality alone does not say it
@@ -74,19 +75,20 @@ class CpuPlan:
     """What is the same in all layers of a step, computed once."""
 
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
-        _, layers, _, block_size, kv_heads, head_dim = pool.shape
+        _, layers, planes, block_size, kv_heads, head_dim = pool.shape
         self.workspace = workspace
         self.block_rows = pool.view(-1, block_size * kv_heads * head_dim)
         self.token_rows = pool.view(-1, kv_heads * head_dim)
         self._layers = layers
+        self._planes = planes
         self._block_size = block_size
         self._cu_seqlens = meta.cu_seqlens_q.tolist()
         self._seq_lens = meta.seq_lens.tolist()
         self._tables = meta.block_tables.cpu().numpy()
         self._windows: dict[int | None, _WindowPlan] = {}
         slots = meta.slot_mapping.cpu().numpy()
-        first = (slots // block_size) * (2 * layers * block_size) + slots % block_size
-        steps = np.arange(2 * layers, dtype=np.int64)[:, None] * block_size
+        first = (slots // block_size) * (planes * layers * block_size) + slots % block_size
+        steps = np.arange(planes * layers, dtype=np.int64)[:, None] * block_size
         self.write_rows = self._send(first[None, :] + steps).unbind(0)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
@@ -105,9 +107,9 @@ class CpuPlan:
         groups = [self._group(members, window) for members in grouped]
         return _WindowPlan(
             [single for single, _ in singles],
-            self._per_layer([rows for _, rows in singles], 2),
+            self._per_layer([rows for _, rows in singles], self._planes),
             [group for group, _ in groups],
-            self._per_layer([rows for _, rows in groups], 2 * self._block_size),
+            self._per_layer([rows for _, rows in groups], self._planes * self._block_size),
         )
 
     def _per_layer(self, rows: list[np.ndarray], stride: int) -> list[tuple[torch.Tensor, ...]]:
@@ -130,7 +132,8 @@ class CpuPlan:
             for i in range(len(self._seq_lens))
             if self._cu_seqlens[i + 1] - self._cu_seqlens[i] == 1
         ]
-        limit = _GROUP_BYTES // (2 * self.token_rows.shape[1] * self.token_rows.itemsize)
+        token_bytes = self._planes * self.token_rows.shape[1] * self.token_rows.itemsize
+        limit = _GROUP_BYTES // token_bytes
         groups: list[list[int]] = []
         shortest = 0
         for num_keys, i in sorted(decodes):
@@ -151,7 +154,7 @@ class CpuPlan:
         inside = positions < ends[:, None]
         positions = np.minimum(positions, ends[:, None] - 1)
         blocks = self._tables[np.array(members)[:, None], positions // block_size].astype(np.int64)
-        keys = blocks * (2 * self._layers * block_size) + positions % block_size
+        keys = blocks * (self._planes * self._layers * block_size) + positions % block_size
         keys = keys.reshape(-1)
         mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
         group = _Group(
@@ -159,7 +162,7 @@ class CpuPlan:
             num_keys=num_keys,
             mask=self._send(mask).to(self.token_rows.dtype),
         )
-        return group, np.concatenate((keys, keys + block_size))
+        return group, self._each_plane(keys, block_size)
 
     def _single(self, i: int, window: int | None) -> tuple[_Single, np.ndarray]:
         q_start, q_end = self._cu_seqlens[i], self._cu_seqlens[i + 1]
@@ -167,7 +170,8 @@ class CpuPlan:
         first_query, first_key = kv_len - q_len, self._first_key(i, window)
         first_block = first_key // self._block_size
         last_block = -(-kv_len // self._block_size)
-        table = self._tables[i, first_block:last_block].astype(np.int64) * (2 * self._layers)
+        table = self._tables[i, first_block:last_block].astype(np.int64)
+        table *= self._planes * self._layers
         windowed = window is not None and kv_len > window and q_len > 1
         is_causal = q_len > 1 and first_query == 0 and not windowed
         mask = None
@@ -176,13 +180,16 @@ class CpuPlan:
         single = _Single(
             q_start,
             q_end,
-            num_rows=2 * len(table),
+            num_rows=self._planes * len(table),
             skip=first_key - first_block * self._block_size,
             num_keys=kv_len - first_key,
             mask=mask,
             is_causal=is_causal,
         )
-        return single, np.concatenate((table, table + 1))
+        return single, self._each_plane(table, 1)
+
+    def _each_plane(self, rows: np.ndarray, stride: int) -> np.ndarray:
+        return np.concatenate([rows + plane * stride for plane in range(self._planes)])
 
 
 def _chunk_mask(
@@ -198,12 +205,13 @@ def _chunk_mask(
 
 
 def write_kv(
-    pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, plan: CpuPlan
+    pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor | None, plan: CpuPlan
 ) -> None:
-    num_tokens = key.shape[0]
-    rows = pool.view(-1, key.shape[1] * key.shape[2])  # one per (block, layer, K or V, offset)
-    rows.index_copy_(0, plan.write_rows[2 * layer], key.reshape(num_tokens, -1))
-    rows.index_copy_(0, plan.write_rows[2 * layer + 1], value.reshape(num_tokens, -1))
+    num_tokens, planes = key.shape[0], pool.shape[2]
+    rows = pool.view(-1, key.shape[1] * key.shape[2])  # one per (block, layer, plane, offset)
+    rows.index_copy_(0, plan.write_rows[planes * layer], key.reshape(num_tokens, -1))
+    if value is not None:
+        rows.index_copy_(0, plan.write_rows[planes * layer + 1], value.reshape(num_tokens, -1))
 
 
 def paged_attention(
@@ -217,7 +225,7 @@ def paged_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    _, _, _, _, kv_heads, head_dim = pool.shape
+    _, _, planes, _, kv_heads, head_dim = pool.shape
     num_tokens, heads, _ = query.shape
     group = heads // kv_heads
     grouped = query.view(num_tokens, kv_heads, group, head_dim)
@@ -228,23 +236,24 @@ def paged_attention(
     for single, rows in zip(work.singles, work.single_rows[layer], strict=True):
         gathered = plan.workspace.like(single.num_rows, plan.block_rows)
         torch.index_select(plan.block_rows, 0, rows, out=gathered)
-        # [2, keys, Hk, D]; what the first and last block hold outside the span is cut off.
-        kv = gathered.view(2, -1, kv_heads, head_dim)
+        # [planes, keys, Hk, D]; what the first and last block hold outside the span is cut off.
+        kv = gathered.view(planes, -1, kv_heads, head_dim)
         kv = kv[:, single.skip : single.skip + single.num_keys]
         q = grouped[single.q_start : single.q_end]
         out = output[single.q_start : single.q_end]
         if softcap is not None or sinks is not None:
             out.copy_(_chunk_by_hand(q, kv, single, scale, softcap, sinks))
         elif single.q_end - single.q_start == 1:
-            keys, values = kv.transpose(1, 2)[:, None].unbind(0)
+            keys, values = _keys_values(kv.transpose(1, 2)[:, None])
             out.copy_(scaled_dot_product_attention(q, keys, values, scale=scale))
         else:
             out.copy_(_chunk(q, kv, single, scale))
     for many, rows in zip(work.groups, work.group_rows[layer], strict=True):
-        gathered = plan.workspace.like(2 * len(many.tokens) * many.num_keys, plan.token_rows)
+        num_rows = planes * len(many.tokens) * many.num_keys
+        gathered = plan.workspace.like(num_rows, plan.token_rows)
         torch.index_select(plan.token_rows, 0, rows, out=gathered)
-        kv = gathered.view(2, len(many.tokens), many.num_keys, kv_heads, head_dim)
-        keys, values = kv.transpose(2, 3).unbind(0)  # [G, Hk, keys, D]
+        kv = gathered.view(planes, len(many.tokens), many.num_keys, kv_heads, head_dim)
+        keys, values = _keys_values(kv.transpose(2, 3))  # [G, Hk, keys, D]
         # The heads that share a KV head are its query rows.
         q = grouped.index_select(0, many.tokens)
         if softcap is not None or sinks is not None:
@@ -256,9 +265,15 @@ def paged_attention(
     return output.view(num_tokens, heads, head_dim)
 
 
+def _keys_values(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last plane; they are the same where one plane is both."""
+    return planes[0], planes[-1]
+
+
 def _chunk(q: torch.Tensor, kv: torch.Tensor, single: _Single, scale: float) -> torch.Tensor:
     """KV heads stand in the batch dimension; their groups read the same keys through stride 0."""
-    keys, values = kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1).unbind(0)
+    expanded = kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
+    keys, values = _keys_values(expanded)
     result = scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
         keys,
@@ -281,7 +296,7 @@ def _chunk_by_hand(
     mask = single.mask
     if single.is_causal:
         mask = _chunk_mask(0, 0, single.num_keys, None, q)
-    keys, values = kv.transpose(1, 2)[:, :, None].unbind(0)
+    keys, values = _keys_values(kv.transpose(1, 2)[:, :, None])
     sink = None if sinks is None else sinks[:, :, None].expand(-1, -1, len(q))
     result = _by_hand(q.permute(1, 2, 0, 3), keys, values, mask, scale, softcap, sink)
     return result.permute(2, 0, 1, 3)

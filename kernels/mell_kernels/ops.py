@@ -1,6 +1,8 @@
 """The compute operations of the engine; the one place that chooses an implementation by device.
 
-All take the block-major pool ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``.
+All take the block-major pool ``[num_blocks, num_layers, planes, block_size, num_kv_heads,
+head_dim]``. With two planes they are keys and values. With one plane what it holds is key and value
+at once, as the latent of multi-head latent attention is.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ def write_kv(
     pool: torch.Tensor,
     layer: int,
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     meta: AttentionMetadata,
 ) -> None:
-    """Store ``key`` and ``value``, both ``[T, num_kv_heads, head_dim]``, at ``slot_mapping``."""
+    """Store ``key`` and ``value``, both ``[T, num_kv_heads, head_dim]``, at ``slot_mapping``;
+    ``value`` is None if and only if the pool has one plane."""
     cpu.write_kv(pool, layer, key, value, meta.plan)
 
 

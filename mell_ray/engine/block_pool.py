@@ -45,6 +45,7 @@ class BlockPool:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.evictions = 0  # cached blocks given to somebody else, since the start
         self._refs = [0] * (capacity + 1)
         self._hash_of: list[bytes | None] = [None] * (capacity + 1)
         self._block_of: dict[bytes, int] = {}
@@ -86,6 +87,7 @@ class BlockPool:
         else:
             block, _ = self._cached.popitem(last=False)
             self._forget(block)
+            self.evictions += 1
         self._refs[block] = 1
         return block
 

@@ -45,7 +45,7 @@ class Engine:
         self.eos_token_ids = model.eos_token_ids
         self.vocab_size = model.vocab_size
         self.capacity_blocks = _capacity(model, config)
-        self.prefix_root = root_hash(model.name, str(model.kv_shape.dtype), str(config.block_size))
+        self.prefix_root = root_hash(model.name, repr(model.kv_shape), str(config.block_size))
         target = torch.device(device)
         if target.type != model.device.type:
             raise ConfigError(f"the engine is for {device}, but its model is on {model.device}")
@@ -209,6 +209,7 @@ class Engine:
             waiting=len(planner.waiting),
             prefix_hit_tokens=planner.prefix_hit_tokens,
             prefix_query_tokens=planner.prefix_query_tokens,
+            prefix_evictions=self._blocks.evictions,
             preemptions=planner.preemptions,
         )
 

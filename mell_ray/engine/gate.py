@@ -15,6 +15,7 @@ import torch
 from mell_kernels import ops
 from transformers import PreTrainedModel
 
+from mell_ray.engine import mla
 from mell_ray.engine.batch import BatchBuilder
 from mell_ray.engine.kv_pool import KVPool, KVShape
 from mell_ray.engine.sequence import Sequence
@@ -86,6 +87,8 @@ def _rope_types(config: Any) -> Iterator[str]:
 class _ShapeProbe:
     """Stands in for the paged KV in one forward and writes down each layer's K and V shapes."""
 
+    tap = None
+
     def __init__(self) -> None:
         self.layers: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
 
@@ -112,17 +115,19 @@ def _probe(model: PreTrainedModel, config: Any) -> KVShape:
     expected = list(range(config.num_hidden_layers))
     if [layer for layer, _, _ in probe.layers] != expected:
         raise _refuse(model, "not every layer has attention with a KV of its own, once")
+    first = probe.layers[0][1:]
     for layer, key, value in probe.layers:
-        if key != value:
+        if (key, value) != first:
             raise _refuse(
                 model,
-                f"keys {key} and values {value} of layer {layer} have different shapes (MLA), "
-                "which the KV pool does not hold",
+                f"layer {layer} has keys {key} and values {value}, layer 0 has {first[0]} and "
+                f"{first[1]}",
             )
-        if key != probe.layers[0][1]:
-            raise _refuse(model, f"layer {layer} has KV {key}, layer 0 has {probe.layers[0][1]}")
-    kv_heads, head_dim = probe.layers[0][1]
-    return KVShape(config.num_hidden_layers, kv_heads, head_dim, model.dtype)
+    latent = mla.latent_dim(model)
+    if latent is not None:
+        return KVShape(config.num_hidden_layers, 1, latent, model.dtype, planes=1)
+    (kv_heads, key_dim), (_, value_dim) = first
+    return KVShape(config.num_hidden_layers, kv_heads, max(key_dim, value_dim), model.dtype)
 
 
 @torch.inference_mode()

@@ -15,16 +15,21 @@ from mell_ray.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a block of one model holds."""
+    """What a block of one model holds.
+
+    Two planes are keys and values. One plane is a latent that is both, for all heads together (see
+    ``mla``).
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    planes: int = 2
 
     def block_nbytes(self, block_size: int) -> int:
-        elements = 2 * self.num_layers * block_size * self.num_kv_heads * self.head_dim
-        return elements * self.dtype.itemsize
+        token = self.planes * self.num_kv_heads * self.head_dim
+        return self.num_layers * block_size * token * self.dtype.itemsize
 
 
 def capacity_blocks(shape: KVShape, config: EngineConfig, free_bytes: int) -> int:
@@ -47,7 +52,7 @@ def capacity_blocks(shape: KVShape, config: EngineConfig, free_bytes: int) -> in
 
 
 class KVPool:
-    """``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``, zeroed.
+    """``[num_blocks, num_layers, planes, block_size, num_kv_heads, head_dim]``, zeroed.
 
     Block-major: one block of all layers is one extent, so a migration moves whole extents. Zeroed
     because a masked key whose value is NaN would still poison a batched softmax.
@@ -56,10 +61,10 @@ class KVPool:
     def __init__(
         self, shape: KVShape, block_size: int, capacity: int, device: torch.device
     ) -> None:
-        size = (capacity + 1, shape.num_layers, 2, block_size, shape.num_kv_heads, shape.head_dim)
-        self.tensor = torch.zeros(size, dtype=shape.dtype, device=device)
+        block = (shape.num_layers, shape.planes, block_size, shape.num_kv_heads, shape.head_dim)
+        self.tensor = torch.zeros((capacity + 1, *block), dtype=shape.dtype, device=device)
         self.block_nbytes = shape.block_nbytes(block_size)
-        assert math.prod(size[1:]) * shape.dtype.itemsize == self.block_nbytes
+        assert math.prod(block) * shape.dtype.itemsize == self.block_nbytes
 
     @torch.inference_mode()
     def export(self, block_ids: list[int]) -> np.ndarray:

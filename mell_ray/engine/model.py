@@ -17,6 +17,7 @@ from mell_kernels.metadata import AttentionMetadata
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from mell_ray.config import BUILTIN_SOURCE, EngineConfig
+from mell_ray.engine import mla
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.errors import ConfigError
 
@@ -30,22 +31,32 @@ class PagedKV:
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata) -> None:
         self._pool = pool
         self._meta = meta
+        self.tap = mla.LatentTap() if pool.shape[2] == 1 else None
 
     def attend(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: torch.Tensor | None,
         *,
         scale: float,
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """query ``[T, Hq, D]``, key and value ``[T, Hk, D]``; returns ``[T, Hq, D]``."""
+        """query ``[T, Hq, D]``, key ``[T, Hk, D]`` and value ``[T, Hk, DV]``; returns
+        ``[T, Hq, DV]``. No value: keys are values too.
+
+        Where D and DV differ, the narrower is padded with zeros: they change no score, and the
+        columns that they add to the output are cut off.
+        """
+        width = self._pool.shape[-1]
+        out_width = width if value is None else value.shape[-1]
+        query, key = _padded(query, width), _padded(key, width)
+        value = None if value is None else _padded(value, width)
         ops.write_kv(self._pool, layer, key, value, self._meta)
-        return ops.paged_attention(
+        output = ops.paged_attention(
             query,
             self._pool,
             layer,
@@ -55,6 +66,12 @@ class PagedKV:
             softcap=softcap,
             sinks=sinks,
         )
+        return output[..., :out_width]
+
+
+def _padded(heads: torch.Tensor, width: int) -> torch.Tensor:
+    missing = width - heads.shape[-1]
+    return torch.nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
 def _attention(
@@ -75,17 +92,20 @@ def _attention(
     del attention_mask
     if not getattr(module, "is_causal", True):
         raise ValueError("its attention looks ahead")
-    output = batch.attend(
-        module.layer_idx,  # type: ignore[arg-type]
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return output[None], None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
+    queries = query[0].transpose(0, 1)
+    if batch.tap is not None:
+        latent = batch.tap.take(layer)
+        output = batch.attend(layer, mla.absorb(module, queries), latent, None, **options)
+        return mla.expand(module, output)[None], None
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return batch.attend(layer, queries, keys, values, **options)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -116,6 +136,7 @@ class LoadedModel:
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
+            past_key_values=batch.tap,
             logits_to_keep=logits_rows,
             batch=batch,
         )

@@ -132,7 +132,8 @@ class Planner:
         seq.num_registered = len(cached)
         seq.num_computed = len(cached) * self._block_size
         self.prefix_hit_tokens += seq.num_computed
-        self.prefix_query_tokens += seq.num_tokens
+        if self._root is not None:
+            self.prefix_query_tokens += seq.num_tokens
 
     def unshare(self, seq: Sequence) -> None:
         """Give up blocks that were offered to the prefix index but will be computed again: that

@@ -121,8 +121,9 @@ class EngineStats:
     cached_blocks: int  # free blocks whose prefix hash is still known
     running: int
     waiting: int
-    prefix_hit_tokens: int  # total since start
-    prefix_query_tokens: int  # total since start
+    prefix_hit_tokens: int  # of those, found in the cache; total since start
+    prefix_query_tokens: int  # looked up, at each admission or reservation; total since start
+    prefix_evictions: int  # cached blocks given to somebody else; total since start
     preemptions: int  # total since start
 
 

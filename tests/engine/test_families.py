@@ -14,52 +14,47 @@ from mell_kernels import ops
 from mell_ray.config import EngineConfig
 from mell_ray.engine import Engine, load_model
 from mell_ray.errors import ConfigError, UnsupportedModelError
-from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config
-
-WIDE = {**TINY, "head_dim": 16}
-GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-FAMILIES: dict[str, Any] = {
-    "llama-tied": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=True),
-    "llama3-rope": lambda: hf.LlamaConfig(
-        **TINY,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    "qwen2": lambda: hf.Qwen2Config(**TINY),
-    "qwen3": lambda: hf.Qwen3Config(**WIDE),
-    "mistral": lambda: hf.MistralConfig(**TINY, sliding_window=8),
-    "gemma2": lambda: hf.Gemma2Config(
-        **WIDE, sliding_window=8, attn_logit_softcapping=5.0, query_pre_attn_scalar=16
-    ),
-    "gemma3": lambda: hf.Gemma3TextConfig(**WIDE, sliding_window=8),
-    "phi3": lambda: hf.Phi3Config(**TINY),
-    "mixtral": lambda: hf.MixtralConfig(**TINY, num_local_experts=4),
-    "gpt-oss": lambda: hf.GptOssConfig(
-        **WIDE, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "gpt2": lambda: hf.GPT2Config(**GPT2, initializer_range=0.3, eos_token_id=1, bos_token_id=0),
-}
+from tests.engine.families import FAMILIES
+from tests.engine.support import (
+    TINY,
+    Client,
+    build,
+    drain,
+    generate,
+    prompts,
+    request,
+    small_config,
+    step,
+)
+from tests.engine.test_migration import move_kv, move_tokens
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_family_equals_generate(name: str) -> None:
+    """Ragged batch, chunked prefill, a prefix hit, and two requests that move while they decode:
+    every token is the one that transformers' generate gives. Run on each upgrade of transformers
+    this tells which families still work."""
     model = build(FAMILIES[name]())
     model.set_attn_implementation("eager")
     asked = prompts(4, seed=1, longest=30)
-    expected = [generate(model, prompt, 20) for prompt in asked]
-    assert len({token for tokens in expected for token in tokens}) > 3
-    config = small_config(max_num_batched_tokens=7, max_num_seqs=4)
-    subject = Engine(load_model(model, config), config)
-    for i, prompt in enumerate(asked):
-        subject.add(request(f"r{i}", prompt, 20, arrival_s=i))
-    client = drain(subject)
-    assert [client.tokens[f"r{i}"] for i in range(4)] == expected
+    asked.append([*max(asked, key=len)[:13], 5, 6, 7])
+    expected = [generate(model, prompt, 16) for prompt in asked]
+    assert len({token for tokens in expected for token in tokens}) > 10
+    config = small_config(max_num_batched_tokens=7, max_num_seqs=6)
+    loaded = load_model(model, config)
+    home, away, client = Engine(loaded, config), Engine(loaded, config), Client()
+    for i, prompt in enumerate(asked[:-1]):
+        home.add(request(f"r{i}", prompt, 16, arrival_s=i))
+    while not client.tokens.get("r2"):
+        step([home], client)
+    home.add(request("r4", asked[-1], 16, arrival_s=9))
+    move_kv(home, away, "r2", client, stages=2)
+    step([home, away], client)
+    move_tokens(home, away, "r3", client, stages=1)
+    assert len(away.sequences()) == 2
+    drain([home, away], client)
+    assert [client.tokens[f"r{i}"] for i in range(5)] == expected
+    assert home.stats().prefix_hit_tokens >= 12
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -104,24 +99,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
             },
         ),
         "'longrope' depends on the longest sequence",
-    ),
-    "deepseek": (
-        lambda: hf.DeepseekV3Config(
-            **{**TINY, "num_key_value_heads": 4},
-            head_dim=8,
-            n_routed_experts=4,
-            n_group=1,
-            topk_group=1,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=12,
-            first_k_dense_replace=1,
-        ),
-        "different shapes",
     ),
 }
 

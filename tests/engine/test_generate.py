@@ -107,6 +107,34 @@ def test_a_whole_cached_prompt_still_computes_its_last_token() -> None:
     assert subject.stats().prefix_hit_tokens - before == len(prompt) - 4
 
 
+def test_cache_metrics_tell_what_was_looked_up_found_and_lost() -> None:
+    prompt = (PROMPTS[0] * 12)[:12]
+    subject = engine(num_gpu_blocks_override=8)
+    for name in ("a", "b"):
+        subject.add(request(name, prompt, 1))
+        drain(subject)
+    stats = subject.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (24, 8)
+    assert stats.prefix_evictions == 0
+    # Every block is needed: the three that were cached give way, and are not found again.
+    subject.add(request("c", [9] * 32, 1))
+    drain(subject)
+    assert subject.stats().prefix_evictions == 3
+    subject.add(request("d", prompt, 1))
+    drain(subject)
+    stats = subject.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (68, 8)
+
+
+def test_without_a_cache_nothing_is_looked_up() -> None:
+    subject = engine(enable_prefix_caching=False)
+    for name in ("a", "b"):
+        subject.add(request(name, [5] * 12, 1))
+        drain(subject)
+    assert subject.stats().prefix_query_tokens == 0
+    assert subject.stats().cached_blocks == 0
+
+
 def test_output_blocks_serve_the_next_turn() -> None:
     subject = engine()
     prompt = PROMPTS[2][:10]

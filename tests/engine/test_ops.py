@@ -57,7 +57,8 @@ def token_by_token(
 ) -> torch.Tensor:
     rows, t = [], 0
     for (old, new), table in zip(lengths, tables, strict=True):
-        keys, values = pool[table, layer].transpose(0, 1).flatten(1, 2).double()
+        planes = pool[table, layer].transpose(0, 1).flatten(1, 2).double()
+        keys, values = planes[0], planes[-1]
         for position in range(old, old + new):
             first = 0 if window is None else max(0, position - window + 1)
             heads = []
@@ -80,6 +81,7 @@ def token_by_token(
     window=st.sampled_from([None, 1, 3, 4, 8, 100]),
     softcap=st.sampled_from([None, 2.0]),
     with_sinks=st.booleans(),
+    planes=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=120, deadline=None)
@@ -88,11 +90,12 @@ def test_paged_attention(
     window: int | None,
     softcap: float | None,
     with_sinks: bool,
+    planes: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     meta, tables = ragged(lengths, 40, seed)
-    pool = torch.randn(40, LAYERS, 2, BLOCK, KV_HEADS, DIM)
+    pool = torch.randn(40, LAYERS, planes, BLOCK, KV_HEADS, DIM)
     pool[0] = math.nan  # padding must reach nobody
     total = len(meta.slot_mapping)
     query = torch.randn(total, HEADS, DIM)
@@ -101,7 +104,7 @@ def test_paged_attention(
     ops.prepare(pool, meta, ops.Workspace())
     for layer in (2, 0):
         before = pool.clone()
-        ops.write_kv(pool, layer, key, value, meta)
+        ops.write_kv(pool, layer, key, value if planes == 2 else None, meta)
         changed = (pool != before) & ~before.isnan()
         assert not changed[:, [x for x in range(LAYERS) if x != layer]].any()
         options = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": sinks}
