@@ -48,7 +48,9 @@ def environment(installed: Path) -> dict[str, str]:
 def test_wheel_holds_packages_and_weights(installed: Path) -> None:
     code = (
         "import mell_ray, mell_kernels.ops; from mell_ray.builtin import model_path; "
-        "print(mell_ray.__file__, mell_kernels.ops.__file__, model_path() / 'model.safetensors')"
+        "from pathlib import Path; root = Path(mell_ray.__file__).parent; "
+        "print(root / 'observability/static/status.html', mell_kernels.ops.__file__, "
+        "model_path() / 'model.safetensors')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

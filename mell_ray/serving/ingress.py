@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -27,7 +27,7 @@ from mell_ray.openai.response import model_list, sse_error
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
-from mell_ray.serving.page import PageData
+from mell_ray.serving.page import HEADERS, PageData, status_page
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.runner import Job, Runner, check_fits
 from mell_ray.serving.service import Prepared, ServedModel, Service
@@ -132,6 +132,10 @@ class Ingress:
     @app.get("/mell/v1/state")
     async def state(self) -> Response:
         return JSONResponse(await self._router.call("state"))
+
+    @app.get("/mell")
+    async def status_page(self) -> Response:
+        return HTMLResponse(status_page(), headers=HEADERS)
 
     @app.get("/mell/v1/live")
     async def live(self) -> Response:

@@ -107,6 +107,14 @@ def test_live_view_shows_gpus_moves_and_rates(app: App) -> None:
     assert max(view["history"]["bound"]) >= 1
 
 
+def test_status_page_is_served_and_may_load_nothing_from_elsewhere(app: App) -> None:
+    answer = httpx.get(f"{app.url}/mell")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "<title>mell-ray</title>" in answer.text
+
+
 def test_many_viewers_cost_one_look_a_second(app: App) -> None:
     url = f"{app.url}/mell/v1/live"
     started = time.monotonic()
