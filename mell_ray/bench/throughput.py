@@ -77,7 +77,7 @@ def measure(
     stats = engine.stats()
     return {
         "model": options.model,
-        "num_parameters": model.model.num_parameters(),
+        "num_parameters": model.num_parameters,
         "settings": {
             "concurrency": options.concurrency,
             "threads": options.threads,

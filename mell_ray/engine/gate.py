@@ -131,17 +131,13 @@ def _probe(model: PreTrainedModel, config: Any) -> KVShape:
 
 
 @torch.inference_mode()
-def self_check(loaded: LoadedModel, block_size: int) -> None:
-    """Logits on paged KV, in chunks and beside a neighbour, against one plain forward.
+def self_check(loaded: LoadedModel, plain: torch.Tensor, block_size: int) -> None:
+    """Logits on paged KV, in chunks and beside a neighbour, against ``plain_logits``.
 
     Raises:
         UnsupportedModelError: they differ by more than rounding.
     """
-    count = min(_CHECK_TOKENS, loaded.max_model_len)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, loaded.vocab_size, count).tolist()
-    plain = _plain_logits(loaded, tokens)
-    paged = _paged_logits(loaded, tokens, block_size)
+    paged = _paged_logits(loaded, _check_tokens(loaded), block_size)
     error = ((paged - plain).square().mean().sqrt() / plain.std().clamp_min(1e-12)).item()
     limit = _TOLERANCE[loaded.kv_shape.dtype]
     if not error <= limit:
@@ -152,12 +148,20 @@ def self_check(loaded: LoadedModel, block_size: int) -> None:
         )
 
 
-def _plain_logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
+def _check_tokens(loaded: LoadedModel) -> list[int]:
+    count = min(_CHECK_TOKENS, loaded.max_model_len)
+    return np.random.default_rng(0).integers(0, loaded.vocab_size, count).tolist()
+
+
+@torch.inference_mode()
+def plain_logits(loaded: LoadedModel) -> torch.Tensor:
+    """What the model says to a few random tokens in one plain forward of transformers' own. Taken
+    before anything about the model is made faster."""
     from mell_ray.engine.model import ATTENTION_NAME
 
     loaded.model.set_attn_implementation("eager")
     try:
-        ids = torch.tensor([tokens], device=loaded.device)
+        ids = torch.tensor([_check_tokens(loaded)], device=loaded.device)
         return loaded.model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         loaded.model.set_attn_implementation(ATTENTION_NAME)

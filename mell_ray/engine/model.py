@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from mell_ray.config import BUILTIN_SOURCE, EngineConfig
 from mell_ray.engine import mla
+from mell_ray.engine.fused import FusedDecoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.errors import ConfigError
 
@@ -31,6 +32,7 @@ class PagedKV:
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata) -> None:
         self._pool = pool
         self._meta = meta
+        self.max_seqlen_k = meta.max_seqlen_k
         self.tap = mla.LatentTap() if pool.shape[2] == 1 else None
 
     def attend(
@@ -122,6 +124,8 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    fused: FusedDecoder | None = None  # runs in the model's place where there is one
 
     @torch.inference_mode()
     def forward(
@@ -132,6 +136,9 @@ class LoadedModel:
         batch: Any,
     ) -> torch.Tensor:
         """fp32 logits ``[len(logits_rows), vocab_size]`` of a ragged batch ``[1, T]``."""
+        if self.fused is not None:
+            end = batch.max_seqlen_k
+            return self.fused(input_ids[0], position_ids[0], logits_rows, end, batch).float()
         output = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -150,7 +157,8 @@ def load_model(
 
     Args:
         source: a Hugging Face id, a local directory, 'builtin', or a model already built, which
-            is switched to paged attention in place (with it everything that shares its config).
+            is switched to paged attention in place (with it everything that shares its config) and
+            may lose its weights to a faster form of itself.
         config: dtype, revision, max_model_len and block_size are read from it.
 
     Raises:
@@ -176,8 +184,11 @@ def load_model(
         vocab_size=int(text_config.vocab_size),
         max_model_len=_max_model_len(text_config, config),
         eos_token_ids=_eos_token_ids(model),
+        num_parameters=model.num_parameters(),
     )
-    gate.self_check(loaded, config.block_size)
+    expected = gate.plain_logits(loaded)
+    loaded.fused = fuse(model)
+    gate.self_check(loaded, expected, config.block_size)
     return loaded
 
 

@@ -1,0 +1,100 @@
+"""The fused Llama block: where it is used, and that it is the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from mell_kernels.linear import Linear, can_pack
+
+from mell_ray.engine import Engine, load_model
+from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config
+
+WIDE = {**TINY, "head_dim": 16}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: hf.LlamaConfig(**TINY),
+    "llama-biased": lambda: hf.LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
+    "llama-tied": lambda: hf.LlamaConfig(**TINY, tie_word_embeddings=True),
+    "llama-scaled-rope": lambda: hf.LlamaConfig(
+        **TINY,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda: hf.MistralConfig(**TINY, sliding_window=8),
+    "qwen2": lambda: hf.Qwen2Config(**TINY),
+    "qwen2-windowed": lambda: hf.Qwen2Config(
+        **TINY, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "qwen3": lambda: hf.Qwen3Config(**WIDE),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_same_tokens_as_transformers(name: str) -> None:
+    model = build(CONFIGS[name]())
+    for parameter in model.parameters():  # norms of one and biases of zero would prove nothing
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model.set_attn_implementation("eager")
+    asked = prompts(4, seed=2, longest=30)
+    expected = [generate(model, prompt, 20) for prompt in asked]
+    config = small_config(max_num_batched_tokens=11, max_num_seqs=4)
+    loaded = load_model(model, config)
+    assert loaded.fused is not None
+    subject = Engine(loaded, config)
+    for i, prompt in enumerate(asked):
+        subject.add(request(f"r{i}", prompt, 20, arrival_s=i))
+    client = drain(subject)
+    assert [client.tokens[f"r{i}"] for i in range(4)] == expected
+
+
+def test_what_is_not_exactly_that_block_is_left_alone() -> None:
+    class Louder(hf.LlamaForCausalLM):
+        pass
+
+    gelu = hf.LlamaConfig(**TINY, hidden_act="gelu")
+    adapted = build(hf.LlamaConfig(**TINY))
+    adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
+    others = [build(gelu), build(hf.Gemma2Config(**WIDE)), Louder(hf.LlamaConfig(**TINY)), adapted]
+    for model in others:
+        loaded = load_model(model, small_config())
+        assert loaded.fused is None
+
+
+def test_the_weights_are_held_once() -> None:
+    model = build(hf.LlamaConfig(**TINY))
+    count = model.num_parameters()
+    loaded = load_model(model, small_config())
+    assert loaded.num_parameters == count
+    left = sum(p.numel() for p in model.parameters())
+    embedding_and_norms = TINY["vocab_size"] * TINY["hidden_size"] + 5 * TINY["hidden_size"]
+    assert left == embedding_and_norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 40), torch.randn(48) if with_bias else None
+    subject = Linear(weight.to(dtype), None if bias is None else bias.to(dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    for rows in (1, 2, 7, 33):
+        x, residual = torch.randn(rows, 40), torch.randn(rows, 48)
+        expected = torch.nn.functional.linear(x, weight, bias)
+        with torch.inference_mode():
+            plain = subject(x.to(dtype))
+            added = subject.plus(x.to(dtype), residual.to(dtype))
+        assert plain.dtype == added.dtype == dtype
+        torch.testing.assert_close(plain.float(), expected, atol=tolerance, rtol=0.02)
+        torch.testing.assert_close(added.float(), expected + residual, atol=tolerance, rtol=0.02)
+
+
+def test_only_what_has_kernels_is_packed() -> None:
+    assert can_pack(torch.float32) == bool(torch.cpu.get_capabilities().get("avx2"))
+    assert not can_pack(torch.float64)
