@@ -97,8 +97,8 @@ class LLMConfig(_Strict):
     model_loading_config: ModelLoadingConfig
     accelerator_type: str | None = Field(
         default=None,
-        description="Ray accelerator type (e.g. 'H100'). Unset: any GPU where the cluster has "
-        "one, else CPU. 'CPU': never a GPU.",
+        description="Ray accelerator type (e.g. 'H100'). 'GPU': any GPU, awaited where the cluster "
+        "has none yet. 'CPU': never a GPU. Unset: a GPU where the cluster has one, else CPU.",
     )
     deployment_config: DeploymentConfig = DeploymentConfig()
     engine_kwargs: EngineConfig = EngineConfig()
@@ -141,6 +141,11 @@ class FleetConfig(_Strict):
         description="Custom resource that a CPU replica takes one of. Where no node of the "
         "cluster offers it, CPU replicas take none.",
     )
+    require_cpu_resource: bool = Field(
+        default=False,
+        description="A CPU replica waits for a node that offers cpu_resource, such as one that an "
+        "autoscaler brings.",
+    )
 
 
 class IngressConfig(_Strict):
@@ -166,6 +171,12 @@ class MellSettings(_Strict):
         default=256, ge=0, description="Requests waiting for room; more are answered 503."
     )
     namespace: str = Field(default="mell", min_length=1, description="Ray namespace of replicas.")
+    control_resource: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Custom resource of the nodes that may hold the Router, the Migrator and the "
+        "ingress. On any other node these would keep an autoscaler from taking it back.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     seed: int = 0
 

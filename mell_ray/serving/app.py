@@ -18,6 +18,7 @@ from mell_ray.serving.router import Router
 
 # A streaming or queued request holds a slot of its deployment for its whole life.
 ROUTER_ONGOING_REQUESTS = 100_000
+CONTROL_SHARE = 0.001  # of the control resource, an actor; it only says where actors may be
 
 
 def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
@@ -31,6 +32,7 @@ def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
     """
     config = MellConfig.parse(args)
     check_config(config)
+    options = _control_options(config.mell.control_resource)
     router = serve.deployment(
         Router,
         name="Router",
@@ -39,13 +41,13 @@ def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
         health_check_period_s=1,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=options,
         deployment_actors=[
             DeploymentActorConfig(
                 name=MIGRATOR,
                 actor_class=ray.remote(Migrator),
                 init_kwargs={"settings": config.mell.model_dump()},
-                actor_options={"num_cpus": 0},
+                actor_options=options,
             )
         ],
     )
@@ -57,6 +59,14 @@ def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
         health_check_period_s=1,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.mell.ingress.drain_s,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=options,
     )
     return ingress.bind(config, router.bind(config))
+
+
+def _control_options(resource: str | None) -> dict[str, Any]:
+    """Ray options of the actors that hold no accelerator."""
+    options: dict[str, Any] = {"num_cpus": 0}
+    if resource is not None:
+        options["resources"] = {resource: CONTROL_SHARE}
+    return options

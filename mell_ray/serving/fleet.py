@@ -137,12 +137,14 @@ class Fleet:
 
     def _resources(self, llm: LLMConfig) -> tuple[str, dict[str, Any]]:
         offered = ray.cluster_resources()
-        wants_gpu = llm.accelerator_type not in (None, "CPU")
-        if wants_gpu or (llm.accelerator_type is None and offered.get("GPU", 0) > 0):
-            kind = {"accelerator_type": llm.accelerator_type} if wants_gpu else {}
-            return "cuda", {"num_gpus": 1, **kind}
-        name = self._settings.fleet.cpu_resource
-        return "cpu", {"resources": {name: 1}} if offered.get(name, 0) > 0 else {}
+        wanted = llm.accelerator_type
+        if wanted not in (None, "CPU", "GPU"):
+            return "cuda", {"num_gpus": 1, "accelerator_type": wanted}
+        if wanted == "GPU" or (wanted is None and offered.get("GPU", 0) > 0):
+            return "cuda", {"num_gpus": 1}
+        fleet = self._settings.fleet
+        takes_one = fleet.require_cpu_resource or offered.get(fleet.cpu_resource, 0) > 0
+        return "cpu", {"resources": {fleet.cpu_resource: 1}} if takes_one else {}
 
 
 def config_hash(llm: LLMConfig) -> str:
