@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mell_ray.bench import cli as bench
 from mell_ray.errors import ConfigError, MellError
+from mell_ray.observability import cli as observability
 from mell_ray.serving import cli as serving
 from mell_ray.simulation import cli as simulation
 
@@ -62,6 +63,7 @@ def _root(
 serving.register(app)
 simulation.register(app)
 bench.register(app)
+observability.register(app)
 
 
 def main() -> None:

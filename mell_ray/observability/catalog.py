@@ -28,7 +28,8 @@ STAGES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One metric. ``source`` is the kind of process that records it. ``from_zero``: counters that
-    exist with 0 from the start, so that their first increase is seen as one."""
+    exist with 0 from the start for each model, so that their first increase is seen as one;
+    ``values``: of the label beside the model, all there are."""
 
     name: str
     kind: Kind
@@ -37,6 +38,7 @@ class Metric:
     labels: tuple[str, ...] = ("model",)
     buckets: tuple[float, ...] = ()
     from_zero: bool = False
+    values: tuple[str, ...] = ()
 
     @property
     def exported(self) -> str:
@@ -149,6 +151,13 @@ METRICS = (
         from_zero=True,
     ),
     Metric(
+        "mell_prefix_cache_evicted_blocks_total",
+        "counter",
+        "Cached KV blocks whose prefix was forgotten because somebody needed the room.",
+        "replica",
+        from_zero=True,
+    ),
+    Metric(
         "mell_preemptions_total",
         "counter",
         "Requests that lost their KV blocks for want of room and were computed again.",
@@ -204,6 +213,8 @@ METRICS = (
         "Requests ended, by outcome: stop, length, error, refused, cancelled (the client left).",
         "ingress",
         ("model", "outcome"),
+        from_zero=True,
+        values=("stop", "length", "error", "refused", "cancelled"),
     ),
     Metric(
         "mell_recoveries_total",
@@ -211,6 +222,8 @@ METRICS = (
         "Requests continued elsewhere because their replica died or gave them up.",
         "ingress",
         ("model", "cause"),
+        from_zero=True,
+        values=("died", "evicted"),
     ),
     Metric(
         "mell_exactly_once_violations_total",

@@ -49,12 +49,17 @@ class RayRecorder:
             made.set_default_tags({k: v for k, v in labels.items() if k in metric.labels})
             self._metrics[metric.name] = made
 
-    def start_from_zero(self, **labels: str) -> None:
+    def start_from_zero(self, model: str) -> None:
         """Export the counters that are to be seen before they first count. ``Counter.inc`` refuses
         a 0, so this goes one layer below."""
         for name, made in self._metrics.items():
-            if BY_NAME[name].from_zero:
-                made._record(0.0, labels)
+            metric = BY_NAME[name]
+            if not metric.from_zero:
+                continue
+            if not metric.values:
+                made._record(0.0, {"model": model})
+            for value in metric.values:
+                made._record(0.0, {"model": model, metric.labels[-1]: value})
 
     def add(self, name: str, value: float, **labels: str) -> None:
         metric = self._metrics[name]

@@ -11,6 +11,7 @@ from mell_ray.observability.recorder import Recorder
 _COUNTERS = {
     "mell_prefix_cache_query_tokens_total": "prefix_query_tokens",
     "mell_prefix_cache_hit_tokens_total": "prefix_hit_tokens",
+    "mell_prefix_cache_evicted_blocks_total": "prefix_evictions",
     "mell_preemptions_total": "preemptions",
 }
 

@@ -88,7 +88,7 @@ class Ingress:
         names = [llm.model_id for llm in config.llm_configs]
         recorder = RayRecorder("ingress")
         for name in names:
-            recorder.start_from_zero(model=name)
+            recorder.start_from_zero(name)
         self._runner = Runner(namespace, uuid.uuid4().hex, self._router, names, recorder)
         loop = asyncio.get_running_loop()
         models = [

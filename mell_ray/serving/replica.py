@@ -84,7 +84,7 @@ class GPUReplica:
         self._step: StepSample | None = None
         self._changed: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         recorder = RayRecorder("replica")
-        recorder.start_from_zero(model=spec.llm.model_id)
+        recorder.start_from_zero(spec.llm.model_id)
         self._meter = ReplicaMeter(recorder, spec.llm.model_id, spec.replica_id, born)
         self._loop.start()
         self._housekeeping = Housekeeping(self, spec.namespace, spec.lease_s)

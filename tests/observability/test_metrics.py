@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def test_names_follow_prometheus_conventions() -> None:
         assert (metric.kind == "histogram") == bool(metric.buckets)
         assert list(metric.buckets) == sorted(set(metric.buckets))
         assert metric.help.endswith(".")
-        # A counter that starts at zero does so for each model, the one label known in advance.
-        assert not metric.from_zero or metric.labels == ("model",)
+        if metric.from_zero:  # for all values that its labels can have
+            assert metric.labels[0] == "model"
+            assert len(metric.labels) == 1 + bool(metric.values)
 
 
 def request_meter() -> tuple[RequestMeter, MemoryRecorder, Time, list[Pulse]]:
@@ -149,8 +151,8 @@ def test_clock_of_a_request_that_moves_for_ever_stays_small() -> None:
 
 def stats(**changes: int) -> EngineStats:
     base = {"capacity_blocks": 100, "used_blocks": 30, "cached_blocks": 20, "running": 2}
-    zero = {"waiting": 0, "prefix_hit_tokens": 0, "prefix_query_tokens": 0, "preemptions": 0}
-    return EngineStats(**{**base, **zero, **changes})
+    rest = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
+    return EngineStats(**{**rest, **base, **changes})
 
 
 def test_replica_meter_records_increases_and_blocks() -> None:

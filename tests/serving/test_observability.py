@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +13,9 @@ import ray
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.observability.catalog import METRICS
+from mell_ray.observability.dashboard import render
 from mell_ray.serving.page import KEEP_S
+from tests.observability.prometheus import find_prometheus, prometheus
 from tests.serving.conftest import App
 
 
@@ -75,7 +79,7 @@ def samples(text: str) -> dict[str, float]:
 def test_every_metric_is_exported(served: dict) -> None:
     wanted = {
         metric.exported + ("_count" if metric.kind == "histogram" else "") for metric in METRICS
-    } - {"ray_mell_recoveries_total"}  # nothing has died here
+    }
     deadline = time.monotonic() + 30
     while True:
         sums = samples(scrape())
@@ -121,3 +125,55 @@ def test_many_viewers_cost_one_look_a_second(app: App) -> None:
     with httpx.Client(timeout=30) as client:
         views = [client.get(url).json()["time"] for _ in range(30)]
     assert len(set(views)) <= (time.monotonic() - started) / KEEP_S + 1
+
+
+@pytest.mark.skipif(
+    find_prometheus() is None,
+    reason="no prometheus here (Debian's package has that name; .ci/tools unpacks it)",
+)
+def test_every_panel_s_query_returns_data(app: App, tmp_path: Path) -> None:
+    """A real Prometheus scrapes the cluster while requests run and move; a query is done with once
+    it has given a number."""
+    open_queries = {
+        (panel["title"], target["expr"])
+        for panel in render()["panels"]
+        for target in panel.get("targets", ())
+    }
+    stop = threading.Event()
+    node = ray.nodes()[0]
+    target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    with prometheus(target, tmp_path) as server, ThreadPoolExecutor(3) as pool:
+        work = [pool.submit(keep_busy, app, stop), pool.submit(keep_moving, app, stop)]
+        try:
+            deadline = time.monotonic() + 120
+            while open_queries:
+                open_queries = {
+                    query for query in open_queries if not server.query(concrete(query[1]))
+                }
+                assert not any(task.done() for task in work)
+                assert time.monotonic() < deadline, sorted(open_queries)
+                time.sleep(0.5)
+        finally:
+            stop.set()
+        for task in work:
+            task.result()
+    app.wait_idle()
+
+
+def concrete(expr: str) -> str:
+    """A panel's query as Grafana sends it, with everything selected."""
+    values = {"$__rate_interval": "5s", "$__range": "1m", "$cluster": ".*", "$model": ".*"}
+    for name, value in values.items():
+        expr = expr.replace(name, value)
+    assert "$" not in expr
+    return expr
+
+
+def keep_busy(app: App, stop: threading.Event) -> None:
+    while not stop.is_set():
+        complete(app, "It is a truth universally acknowledged", 8)
+
+
+def keep_moving(app: App, stop: threading.Event) -> None:
+    while not stop.is_set():
+        move_one(app, "kv")
