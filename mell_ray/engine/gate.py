@@ -1,13 +1,12 @@
-"""Which models the engine runs, decided before the first request.
+"""Whether a loaded model really runs on paged KV, found out before the first request.
 
 A model that ignores the attention interface, or needs a mask the paged attention does not know,
-raises nothing: it answers with wrong tokens. So what is known to go wrong is refused by name, and
-everything else must reproduce the logits of a plain forward.
+raises nothing: it answers with wrong tokens. So each must show that it uses what it is given, and
+must reproduce the logits of a plain forward. Known trouble is refused earlier, see ``families``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mell_ray.engine import mla
 from mell_ray.engine.batch import BatchBuilder
+from mell_ray.engine.families import refusal
 from mell_ray.engine.kv_pool import KVPool, KVShape
 from mell_ray.engine.sequence import Sequence
 from mell_ray.engine.types import RequestState, SamplingParams
@@ -25,14 +25,6 @@ from mell_ray.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from mell_ray.engine.model import LoadedModel
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
-SUPPORTED = (
-    "supported are decoder models that use transformers' attention interface with full or "
-    "sliding-window attention and a fixed rotary embedding, e.g. Llama, Qwen2, Qwen3, Mistral, "
-    "Mixtral, Gemma, Gemma2, Gemma3 (text), Phi3 (4k), OLMo2, Granite, Cohere2, SmolLM3, "
-    "StarCoder2, GLM4, Qwen3-MoE, gpt-oss, GPT-NeoX, GPT-2, OPT"
-)
 # Logits of the self-check may differ (RMS) by this share of their standard deviation. Rounding in
 # half precision alone reaches 0.03 in a deep model, and more where it changes an expert's choice;
 # attention gone wrong gives about 1.
@@ -42,10 +34,7 @@ _CHUNK = 7
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(model).__name__} ({model.config.model_type}) cannot run: {reason}; {SUPPORTED}",
-        param="model_source",
-    )
+    return refusal(model.config, reason)
 
 
 def admit(model: PreTrainedModel) -> KVShape:
@@ -59,29 +48,10 @@ def admit(model: PreTrainedModel) -> KVShape:
     if not model._supports_attention_backend:
         raise _refuse(model, "it has attention code of its own and ignores the interface")
     config = model.config.get_text_config(decoder=True)
-    for layer_type in getattr(config, "layer_types", None) or ():
-        if layer_type not in LAYER_TYPES:
-            raise _refuse(model, f"it has layers of type {layer_type!r}")
-    for rope_type in _rope_types(config):
-        if rope_type not in ROPE_TYPES:
-            raise _refuse(
-                model,
-                f"its rope type {rope_type!r} depends on the longest sequence of the batch, so "
-                "that a neighbour's length would change an answer",
-            )
     model.set_attn_implementation(ATTENTION_NAME)
     if config._attn_implementation != ATTENTION_NAME:
         raise _refuse(model, "it does not let its attention be replaced")
     return _probe(model, config)
-
-
-def _rope_types(config: Any) -> Iterator[str]:
-    """Rope types, whether the parameters are flat or stand once per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for entry in nested or [parameters]:
-        if "rope_type" in entry:
-            yield entry["rope_type"]
 
 
 class _ShapeProbe:

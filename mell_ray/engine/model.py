@@ -2,24 +2,32 @@
 
 The model is transformers' own, unmodified: it calls the attention function registered here, which
 finds the pool and the batch in its keyword arguments. Models for which that silently gives wrong
-tokens are refused by a gate at load (``gate.py``) and by comparing logits with a plain forward.
+tokens are refused before their weights are read (``families``), by a gate, and by comparing logits
+with a plain forward (both ``gate``).
+
+What depends on the version of transformers, 5.23 here: that an attention function it has no mask
+for gets none, and all keyword arguments of the forward (``_attention``); that MLA layers hand their
+latent to a cache before they expand it (``mla``); that a loading report names missing weights
+(``loading``). The comparison of every family with ``generate`` (tests/engine/test_families.py)
+tells whether another version keeps to it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from mell_kernels import ops
 from mell_kernels.metadata import AttentionMetadata
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from mell_ray.config import BUILTIN_SOURCE, EngineConfig
+from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
 from mell_ray.engine.fused import FusedDecoder, fuse
+from mell_ray.engine.families import check_config
 from mell_ray.engine.kv_pool import KVShape
+from mell_ray.engine.loading import load_weights
 from mell_ray.errors import ConfigError
 
 # No "flash" in the name: transformers takes any name that contains it for flash attention.
@@ -169,10 +177,12 @@ def load_model(
 
     config = config or EngineConfig()
     target = torch.device(device)
-    model = (
-        source if isinstance(source, PreTrainedModel) else _from_pretrained(source, config, target)
-    )
-    model = model.to(target).eval().requires_grad_(False)
+    if isinstance(source, PreTrainedModel):
+        check_config(source.config, config.max_model_len)
+        model = source.to(target)
+    else:
+        model = load_weights(source, config, target)
+    model = model.eval().requires_grad_(False)
     kv_shape = gate.admit(model)
     name = source if isinstance(source, str) else model.config.model_type
     text_config = model.config.get_text_config(decoder=True)
@@ -190,25 +200,6 @@ def load_model(
     loaded.fused = fuse(model)
     gate.self_check(loaded, expected, config.block_size)
     return loaded
-
-
-def _from_pretrained(source: str, config: EngineConfig, device: torch.device) -> PreTrainedModel:
-    path: str | Path = source
-    if source == BUILTIN_SOURCE:
-        from mell_ray.builtin import model_path
-
-        path = model_path()
-    dtype = config.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=config.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"cannot load the model {source!r}: {error}; model_source must be a Hugging Face id, "
-            "a directory with config.json and weights, or 'builtin'",
-            param="model_source",
-        ) from error
 
 
 def _max_model_len(text_config: Any, config: EngineConfig) -> int:
