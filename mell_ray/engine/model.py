@@ -24,8 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
-from mell_ray.engine.fused import FusedDecoder, fuse
 from mell_ray.engine.families import check_config
+from mell_ray.engine.fused import FusedDecoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.engine.loading import load_weights
 from mell_ray.errors import ConfigError
