@@ -50,6 +50,12 @@ class EngineConfig(_Strict):
         default=512, ge=1, description="Token budget of one step: decodes first, then prefill."
     )
     block_size: int = Field(default=16, ge=1, description="Tokens per KV block.")
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="'auto': the model's dtype. 'int8': about half the bytes of 16 bits, so that "
+        "the same memory holds twice the blocks and a migration sends half; costs accuracy and "
+        "time (measured in kernels/benchmarks).",
+    )
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="Share of the GPU's memory for weights and KV pool."

@@ -2,7 +2,7 @@
 
 All take the block-major pool ``[num_blocks, num_layers, planes, block_size, num_kv_heads,
 head_dim]``. With two planes they are keys and values. With one plane what it holds is key and value
-at once, as the latent of multi-head latent attention is.
+at once, as the latent of multi-head latent attention is. A pool may also hold int8 (``int8``).
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import torch
 
 from mell_kernels import cpu
 from mell_kernels.cpu import Workspace
+from mell_kernels.int8 import Int8Plan, Int8Pool
 from mell_kernels.metadata import AttentionMetadata
 
 
-def prepare(pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
+def prepare(pool: torch.Tensor | Int8Pool, meta: AttentionMetadata, workspace: Workspace) -> None:
     """Compute once what all layers of a step share. Call it before the first layer."""
+    if isinstance(pool, Int8Pool):
+        meta.plan = plan = pool.plan(meta)
+        prepare(plan.floats, plan.meta, workspace)
+        return
     meta.plan = cpu.CpuPlan(pool, meta, workspace)
 
 
 def write_kv(
-    pool: torch.Tensor,
+    pool: torch.Tensor | Int8Pool,
     layer: int,
     key: torch.Tensor,
     value: torch.Tensor | None,
@@ -28,12 +33,15 @@ def write_kv(
 ) -> None:
     """Store ``key`` and ``value``, both ``[T, num_kv_heads, head_dim]``, at ``slot_mapping``;
     ``value`` is None if and only if the pool has one plane."""
+    if isinstance(pool, Int8Pool):
+        pool.write(layer, key, value, meta.plan)
+        return
     cpu.write_kv(pool, layer, key, value, meta.plan)
 
 
 def paged_attention(
     query: torch.Tensor,
-    pool: torch.Tensor,
+    pool: torch.Tensor | Int8Pool,
     layer: int,
     meta: AttentionMetadata,
     *,
@@ -53,6 +61,19 @@ def paged_attention(
     Returns:
         ``[T, num_heads, head_dim]``.
     """
+    if isinstance(pool, Int8Pool):
+        plan: Int8Plan = meta.plan
+        pool.read(layer, plan)
+        return paged_attention(
+            query,
+            plan.floats,
+            0,
+            plan.meta,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
     return cpu.paged_attention(
         query, pool, layer, meta.plan, scale=scale, window=window, softcap=softcap, sinks=sinks
     )

@@ -16,7 +16,7 @@ from mell_kernels import ops
 from mell_ray.config import EngineConfig
 from mell_ray.engine.batch import BatchBuilder, RaggedBatch
 from mell_ray.engine.block_pool import BlockPool, root_hash
-from mell_ray.engine.kv_pool import KVPool, capacity_blocks
+from mell_ray.engine.kv_pool import KVPool, KVShape, capacity_blocks
 from mell_ray.engine.model import LoadedModel, PagedKV
 from mell_ray.engine.planner import Planner
 from mell_ray.engine.reservations import Reservations
@@ -40,12 +40,14 @@ class Engine:
 
     def __init__(self, model: LoadedModel, config: EngineConfig, device: str = "cpu") -> None:
         self.block_size = config.block_size
-        self.block_nbytes = model.kv_shape.block_nbytes(config.block_size)
+        shape = model.kv_shape.stored_as(config.kv_cache_dtype)
+        self.block_nbytes = shape.block_nbytes(config.block_size)
+        self.kv_format = f"{shape}, blocks of {config.block_size}"  # equal formats can swap blocks
         self.max_model_len = model.max_model_len
         self.eos_token_ids = model.eos_token_ids
         self.vocab_size = model.vocab_size
-        self.capacity_blocks = _capacity(model, config)
-        self.prefix_root = root_hash(model.name, repr(model.kv_shape), str(config.block_size))
+        self.capacity_blocks = _capacity(model, shape, config)
+        self.prefix_root = root_hash(model.name, self.kv_format)
         target = torch.device(device)
         if target.type != model.device.type:
             raise ConfigError(f"the engine is for {device}, but its model is on {model.device}")
@@ -53,7 +55,7 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         self._model = model
         self._blocks = BlockPool(self.capacity_blocks)
-        self._kv = KVPool(model.kv_shape, self.block_size, self.capacity_blocks, target)
+        self._kv = KVPool(shape, self.block_size, self.capacity_blocks, target)
         self._planner = Planner(
             self._blocks,
             block_size=self.block_size,
@@ -148,8 +150,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, batch: RaggedBatch) -> list[Sampled]:
-        ops.prepare(self._kv.tensor, batch.attention, self._workspace)
-        context = PagedKV(self._kv.tensor, batch.attention)
+        ops.prepare(self._kv.cache, batch.attention, self._workspace)
+        context = PagedKV(self._kv.cache, batch.attention)
         logits = self._model.forward(
             batch.input_ids, batch.position_ids, batch.logits_rows, context
         )
@@ -306,10 +308,16 @@ class Engine:
         Raises:
             InvalidRequestError: this engine could never run it.
             OutOfBlocksError: no room now. A reservation never preempts anyone.
-            ConflictError: the key or the request is already here.
+            ConflictError: the key or the request is already here, or blocks were to be imported
+                whose format is another (``kv_format``).
         """
         self.validate(state)
         self._refuse_duplicate(state.request_id)
+        if not prefill and state.kv_format not in ("", self.kv_format):
+            raise ConflictError(
+                f"blocks of {state.request_id} cannot be used here: they hold {state.kv_format}; "
+                f"this engine's hold {self.kv_format}; migrate its tokens instead"
+            )
         return self._reservations.reserve(key, self._sequence(state), prefill)
 
     def import_blocks(self, key: str, first_block: int, data: np.ndarray) -> None:
@@ -349,6 +357,7 @@ class Engine:
         """
         self.validate(state)
         seq = self._reservations.activate(key, state)
+        seq.state.kv_format = self.kv_format
         seq.emitted = 0
         reason = finish_reason(seq.state, self.eos_token_ids)
         if reason is not None:
@@ -371,6 +380,7 @@ class Engine:
         self._order += 1
         seq = Sequence(state, self.block_size, self._order)
         seq.state = seq.snapshot()  # the caller keeps its own lists
+        seq.state.kv_format = self.kv_format
         return seq
 
     def _refuse_duplicate(self, request_id: str) -> None:
@@ -385,10 +395,13 @@ class Engine:
         return True
 
 
-def _capacity(model: LoadedModel, config: EngineConfig) -> int:
+def _capacity(model: LoadedModel, shape: KVShape, config: EngineConfig) -> int:
     if model.device.type == "cpu":
         free = config.kv_cache_memory_bytes
     else:
         available, total = torch.cuda.mem_get_info(model.device)
         free = int(total * config.gpu_memory_utilization) - (total - available)
-    return capacity_blocks(model.kv_shape, config, free)
+        # What reads a block of int8 needs memory too, at most for all blocks at once.
+        nbytes = shape.block_nbytes(config.block_size)
+        free = free * nbytes // (nbytes + shape.reading_nbytes(config.block_size))
+    return capacity_blocks(shape, config, free)

@@ -154,10 +154,10 @@ def _paged_logits(loaded: LoadedModel, tokens: list[int], block_size: int) -> to
         limits = zip(seqs, (3 * _CHUNK, _CHUNK), strict=True)
         chunks = [(s, min(s.num_to_compute, limit)) for s, limit in limits if s.num_to_compute > 0]
         batch = builder.build(chunks)
-        ops.prepare(pool.tensor, batch.attention, workspace)
+        ops.prepare(pool.cache, batch.attention, workspace)
         total = batch.input_ids.shape[1]
         wanted = torch.arange(total - chunks[-1][1], total, device=loaded.device)
-        context = PagedKV(pool.tensor, batch.attention)
+        context = PagedKV(pool.cache, batch.attention)
         rows.append(loaded.forward(batch.input_ids, batch.position_ids, wanted, context))
         for seq, chunk in chunks:
             seq.num_computed += chunk

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from mell_kernels import ops
+from mell_kernels import int8, ops
 
 from mell_ray.config import EngineConfig
 from mell_ray.errors import ConfigError
@@ -15,10 +15,10 @@ from mell_ray.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a block of one model holds.
+    """What a block of one model holds, and how.
 
-    Two planes are keys and values. One plane is a latent that is both, for all heads together (see
-    ``mla``).
+    ``dtype`` is what attention computes in; with ``int8`` the pool stores codes of it. Two planes
+    are keys and values. One plane is a latent that is both, for all heads together (see ``mla``).
     """
 
     num_layers: int
@@ -26,10 +26,34 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype
     planes: int = 2
+    int8: bool = False
+
+    def block(self, block_size: int) -> tuple[int, int, int, int, int]:
+        """``(num_layers, planes, block_size, num_kv_heads, head_dim)``."""
+        return (self.num_layers, self.planes, block_size, self.num_kv_heads, self.head_dim)
 
     def block_nbytes(self, block_size: int) -> int:
-        token = self.planes * self.num_kv_heads * self.head_dim
-        return self.num_layers * block_size * token * self.dtype.itemsize
+        block = self.block(block_size)
+        return int8.block_nbytes(*block) if self.int8 else math.prod(block) * self.dtype.itemsize
+
+    def reading_nbytes(self, block_size: int) -> int:
+        """Bytes besides that a block takes while a step reads it: one layer in ``dtype``."""
+        return math.prod(self.block(block_size)[1:]) * self.dtype.itemsize if self.int8 else 0
+
+    def stored_as(self, kv_cache_dtype: str) -> KVShape:
+        """This shape with the setting of that name.
+
+        Raises:
+            ConfigError: the model's KV cannot be stored so.
+        """
+        if kv_cache_dtype == "int8" and self.planes == 1:
+            raise ConfigError(
+                "kv_cache_dtype 'int8' has one scale per token and head, but the latent of "
+                "multi-head latent attention serves all heads at once and carries a rotary part "
+                "of another magnitude; use 'auto'",
+                param="kv_cache_dtype",
+            )
+        return replace(self, int8=kv_cache_dtype == "int8")
 
 
 def capacity_blocks(shape: KVShape, config: EngineConfig, free_bytes: int) -> int:
@@ -52,7 +76,8 @@ def capacity_blocks(shape: KVShape, config: EngineConfig, free_bytes: int) -> in
 
 
 class KVPool:
-    """``[num_blocks, num_layers, planes, block_size, num_kv_heads, head_dim]``, zeroed.
+    """``[num_blocks, num_layers, planes, block_size, num_kv_heads, head_dim]``, zeroed, of floats
+    or as an ``Int8Pool``: ``cache`` is what ``ops`` take, ``tensor`` the memory itself.
 
     Block-major: one block of all layers is one extent, so a migration moves whole extents. Zeroed
     because a masked key whose value is NaN would still poison a batched softmax.
@@ -61,10 +86,16 @@ class KVPool:
     def __init__(
         self, shape: KVShape, block_size: int, capacity: int, device: torch.device
     ) -> None:
-        block = (shape.num_layers, shape.planes, block_size, shape.num_kv_heads, shape.head_dim)
-        self.tensor = torch.zeros((capacity + 1, *block), dtype=shape.dtype, device=device)
+        block = shape.block(block_size)
         self.block_nbytes = shape.block_nbytes(block_size)
-        assert math.prod(block) * shape.dtype.itemsize == self.block_nbytes
+        self.cache: torch.Tensor | int8.Int8Pool
+        if shape.int8:
+            size = (capacity + 1, self.block_nbytes)
+            self.tensor = torch.zeros(size, dtype=torch.uint8, device=device)
+            self.cache = int8.Int8Pool(self.tensor, block, shape.dtype)
+        else:
+            self.tensor = torch.zeros((capacity + 1, *block), dtype=shape.dtype, device=device)
+            self.cache = self.tensor
 
     @torch.inference_mode()
     def export(self, block_ids: list[int]) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from mell_kernels import ops
+from mell_kernels.int8 import Int8Pool
 from mell_kernels.metadata import AttentionMetadata
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -37,7 +38,7 @@ ATTENTION_NAME = "mell_paged"
 class PagedKV:
     """What attention needs in one forward: the pool and the batch's place in it."""
 
-    def __init__(self, pool: torch.Tensor, meta: AttentionMetadata) -> None:
+    def __init__(self, pool: torch.Tensor | Int8Pool, meta: AttentionMetadata) -> None:
         self._pool = pool
         self._meta = meta
         self.max_seqlen_k = meta.max_seqlen_k

@@ -63,6 +63,7 @@ class RequestState:
     num_computed: int = 0  # engine
     ingress_id: str = ""  # ingress: whose stream gets the deltas
     migrations: int = 0  # engine at hand-over: how often it has moved
+    kv_format: str = ""  # engine that owns it: what its blocks hold; "" before any engine
 
     @property
     def num_tokens(self) -> int:
