@@ -16,6 +16,7 @@ from mell_kernels import ops
 from mell_ray.config import EngineConfig
 from mell_ray.engine.batch import BatchBuilder, RaggedBatch
 from mell_ray.engine.block_pool import BlockPool, root_hash
+from mell_ray.engine.grammar import GrammarCompiler, GrammarMasks, wait_for_masks
 from mell_ray.engine.kv_pool import KVPool, KVShape, capacity_blocks
 from mell_ray.engine.model import LoadedModel, PagedKV
 from mell_ray.engine.planner import Planner
@@ -32,13 +33,20 @@ from mell_ray.engine.types import (
     TokenDelta,
 )
 from mell_ray.engine.validation import validate_state
-from mell_ray.errors import ConfigError, ConflictError
+from mell_ray.errors import ConfigError, ConflictError, InvalidRequestError
 
 
 class Engine:
     """Runs a loaded model on a pool of KV blocks. Not thread-safe, by design."""
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        device: str = "cpu",
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """``grammars``: for requests with a grammar, which are refused without it."""
         self.block_size = config.block_size
         shape = model.kv_shape.stored_as(config.kv_cache_dtype)
         self.block_nbytes = shape.block_nbytes(config.block_size)
@@ -72,6 +80,7 @@ class Engine:
         self._pending: list[TokenDelta] = []  # what the next step hands out first
         self._handovers: list[Sequence] = []
         self._order = 0
+        self._masks = None if grammars is None else GrammarMasks(grammars)
 
     # --- life of a request ---------------------------------------------------------------------
 
@@ -88,6 +97,11 @@ class Engine:
             max_model_len=self.max_model_len,
             capacity_tokens=self.capacity_blocks * self.block_size,
         )
+        if state.sampling.grammar is not None and self._masks is None:
+            raise InvalidRequestError(
+                "response_format: this engine was made without a grammar compiler",
+                param="response_format",
+            )
 
     def add(self, state: RequestState) -> None:
         """Queue a request. One that brings output tokens goes on behind them and emits only what
@@ -133,12 +147,13 @@ class Engine:
                     num_prefill += count
             batch = self._builder.build(plan.chunks)
             resident = batch.num_resident_tokens
-            results = self._run(batch)
+            results = dict(zip(batch.sampled, self._run(batch, len(plan.chunks)), strict=True))
+            late = [seq for seq, result in results.items() if result is None]
             for seq, count in plan.chunks:
-                seq.num_computed += count
+                # Where nothing could be sampled, the last token is computed again to do so.
+                seq.num_computed += count - (seq in late)
                 self._planner.register(seq)
-            for seq, result in zip(batch.sampled, results, strict=True):
-                deltas.append(self._accept(seq, result))
+            deltas += [self._accept(seq, result) for seq, result in results.items() if result]
         return StepOutput(
             deltas=[*self._take_pending(), *deltas],
             num_decode_tokens=num_decode,
@@ -149,13 +164,24 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _run(self, batch: RaggedBatch) -> list[Sampled]:
+    def _run(self, batch: RaggedBatch, num_seqs: int) -> list[Sampled | None]:
+        """None for a row whose grammar's mask is late."""
+        constrained = [seq for seq in batch.sampled if seq.constraint is not None]
+        for seq in constrained:
+            seq.constraint.begin(seq.state.output_token_ids)
         ops.prepare(self._kv.cache, batch.attention, self._workspace)
         context = PagedKV(self._kv.cache, batch.attention)
         logits = self._model.forward(
             batch.input_ids, batch.position_ids, batch.logits_rows, context
         )
-        return sample(logits, batch.sampled, self.eos_token_ids) if batch.sampled else []
+        if not constrained:
+            return list(sample(logits, batch.sampled, self.eos_token_ids)) if batch.sampled else []
+        late = wait_for_masks(constrained, alone=len(constrained) == num_seqs)
+        rows = [i for i, seq in enumerate(batch.sampled) if seq not in late]
+        seqs = [batch.sampled[i] for i in rows]
+        results = sample(logits[rows], seqs, self.eos_token_ids) if rows else []
+        drawn = dict(zip(rows, results, strict=True))
+        return [drawn.get(i) for i in range(len(batch.sampled))]
 
     def _accept(self, seq: Sequence, result: Sampled) -> TokenDelta:
         if result.error is not None:
@@ -358,6 +384,7 @@ class Engine:
         self.validate(state)
         seq = self._reservations.activate(key, state)
         seq.state.kv_format = self.kv_format
+        self._constrain(seq)
         seq.emitted = 0
         reason = finish_reason(seq.state, self.eos_token_ids)
         if reason is not None:
@@ -381,7 +408,14 @@ class Engine:
         seq = Sequence(state, self.block_size, self._order)
         seq.state = seq.snapshot()  # the caller keeps its own lists
         seq.state.kv_format = self.kv_format
+        self._constrain(seq)
         return seq
+
+    def _constrain(self, seq: Sequence) -> None:
+        """Have its grammar compiled meanwhile, if it has one."""
+        grammar = seq.state.sampling.grammar
+        if grammar is not None and self._masks is not None:
+            seq.constraint = self._masks.open(grammar)
 
     def _refuse_duplicate(self, request_id: str) -> None:
         if request_id in self._seqs or self._reservations.holds_request(request_id):

@@ -1,4 +1,5 @@
-"""From logits to tokens: penalties, bias, temperature, top-k, top-p, min-p, noise, in that order.
+"""From logits to tokens: penalties, bias, grammar, temperature, top-k, top-p, min-p, noise, in that
+order.
 
 Nothing here keeps state between steps that could not be derived from a sequence's tokens, so a
 request that moves needs to carry none. Work that only some parameters need is done only for the
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from mell_kernels.sampling import gumbel, gumbel_argmax, noise_key, ranked_topk
 
@@ -56,8 +58,10 @@ def sample(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> 
     params = [seq.state.sampling for seq in seqs]
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    failed = {i: seq.constraint.error() for i, seq in enumerate(seqs) if seq.constraint is not None}
     for i, seq in enumerate(seqs):
-        _adjust(logits[i], seq, eos)
+        if failed.get(i) is None:
+            _adjust(logits[i], seq, eos)
     tokens = logits.argmax(dim=-1)
     usable = logits.gather(1, tokens[:, None])[:, 0].isfinite().tolist()
     drawn = [i for i, p in enumerate(params) if p.temperature > 0 and usable[i]]
@@ -65,16 +69,19 @@ def sample(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> 
         _draw(logits, seqs, drawn, tokens)
     ids = tokens.tolist()
     logprobs = {} if raw is None else _logprobs(raw, wanted, ids, params)
+    none = "the model gave no finite logit at this position"
+    errors = [failed.get(i) or (None if usable[i] else none) for i in range(len(seqs))]
     return [
-        Sampled(ids[i], logprobs.get(i))
-        if usable[i]
-        else Sampled(0, error="the model gave no finite logit at this position")
-        for i in range(len(seqs))
+        Sampled(ids[i], logprobs.get(i)) if error is None else Sampled(0, error=error)
+        for i, error in enumerate(errors)
     ]
 
 
 def _adjust(row: torch.Tensor, seq: Sequence, eos: tuple[int, ...]) -> None:
-    """Penalties, bias and ``min_tokens`` of one row, in place; most rows need none of them."""
+    """Penalties, bias, grammar and ``min_tokens`` of one row, in place; most rows need none.
+
+    Where the grammar is complete and nothing but an end may follow, ``min_tokens`` gives way.
+    """
     p = seq.state.sampling
     if p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0:
         _penalise(row, seq, p)
@@ -82,9 +89,15 @@ def _adjust(row: torch.Tensor, seq: Sequence, eos: tuple[int, ...]) -> None:
         ids = torch.tensor([token for token, _ in p.logit_bias], device=row.device)
         bias = torch.tensor([bias for _, bias in p.logit_bias], device=row.device)
         row.index_add_(0, ids, bias)
+    allowed = None if seq.constraint is None else seq.constraint.allowed()[: len(row)]
     if seq.num_output < p.min_tokens:
         ends = [*p.stop_token_ids, *(() if p.ignore_eos else eos)]
-        row[ends] = -torch.inf
+        if allowed is None:
+            row[ends] = -torch.inf
+        elif np.delete(allowed, ends).any():
+            allowed[ends] = False
+    if allowed is not None:
+        row.masked_fill_(torch.from_numpy(~allowed).to(row.device), -torch.inf)
 
 
 def _penalise(row: torch.Tensor, seq: Sequence, p: SamplingParams) -> None:

@@ -30,6 +30,7 @@ class Sequence:
     emitted: int = 0  # engine: output tokens already handed out in deltas
     handover: bool = False  # engine: the next delta must tell everything from index 0
     penalties: Any = None  # sampler: token counts, where a penalty needs them
+    constraint: Any = None  # engine: the Constraint of its grammar, if it has one
     key: tuple[int, float, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +104,8 @@ def finish_reason(state: RequestState, eos_token_ids: tuple[int, ...]) -> Finish
     """Why ``state`` is complete, or None while it is not. Derived from its tokens alone, so that a
     request that moved or was recovered ends where it would have ended."""
     output, sampling = state.output_token_ids, state.sampling
+    if sampling.grammar is not None and output and output[-1] in eos_token_ids:
+        return "stop"  # the grammar is complete, so nothing else could come
     if output and len(output) > sampling.min_tokens:
         last = output[-1]
         if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):

@@ -34,6 +34,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # alternatives per position; 0: only the sampled token's
+    grammar: str | None = None  # what the output must follow, in llguidance's form
 
 
 @dataclass(frozen=True, slots=True)

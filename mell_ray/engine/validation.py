@@ -79,6 +79,11 @@ def _validate_sampling(s: SamplingParams, vocab_size: int) -> None:
         "logprobs",
         f"must be between 0 and {vocab_size}, not {s.logprobs}",
     )
+    _require(
+        s.grammar is None or not s.ignore_eos,
+        "ignore_eos",
+        "cannot be combined with a grammar, whose end is an end token",
+    )
     for token, bias in s.logit_bias:
         _require(
             0 <= token < vocab_size, "logit_bias", f"token id {token} is not in the vocabulary"

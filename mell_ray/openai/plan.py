@@ -17,6 +17,7 @@ from mell_ray.openai.protocol import (
     Message,
     Prompt,
 )
+from mell_ray.openai.structured import response_grammar
 from mell_ray.openai.text import TextStream
 from mell_ray.openai.tokenizer import Tokenizer
 
@@ -172,6 +173,7 @@ def _generations(
     request_seed: int,
 ) -> list[Generation]:
     _check_token_fields(request, limits.vocab_size)
+    grammar = response_grammar(request.response_format)
     max_tokens = [_max_tokens(request, len(prompt), param, limits) for prompt in prompts]
     generations = []
     for index in range(len(prompts) * request.n):
@@ -184,7 +186,7 @@ def _generations(
         generations.append(
             Generation(
                 prompt_token_ids=prompts[prompt_index],
-                sampling=_sampling(request, max_tokens[prompt_index], seed),
+                sampling=_sampling(request, max_tokens[prompt_index], seed, grammar),
                 stop=request.stop,
                 prompt_index=prompt_index,
                 choice_index=index,
@@ -231,7 +233,9 @@ def _max_tokens(request: GenerationRequest, prompt_tokens: int, param: str, limi
     return wanted
 
 
-def _sampling(request: GenerationRequest, max_tokens: int, seed: int) -> SamplingParams:
+def _sampling(
+    request: GenerationRequest, max_tokens: int, seed: int, grammar: str | None
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=request.temperature,
@@ -247,4 +251,5 @@ def _sampling(request: GenerationRequest, max_tokens: int, seed: int) -> Samplin
         ignore_eos=request.ignore_eos,
         stop_token_ids=request.stop_token_ids,
         logprobs=request.num_logprobs,
+        grammar=grammar,
     )

@@ -8,6 +8,7 @@ strings, ``content`` a string, ``prompt`` a tuple of prompts, ``logit_bias`` a t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -49,6 +50,8 @@ from mell_ray.openai.limits import (
 
 Prompt = str | tuple[int, ...]
 
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
 # Fields that stock clients send and that cannot change which tokens come back.
 IGNORED_FIELDS = frozenset(
     {
@@ -74,7 +77,6 @@ UNSUPPORTED_CHAT: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "moderation": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),
@@ -185,6 +187,12 @@ def _participant(value: Any) -> str:
     return value
 
 
+def _identifier(value: Any) -> str:
+    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
+        raise ValueError("must have 1 to 64 letters, digits, underscores or hyphens")
+    return value
+
+
 def _text_part(part: Any) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         raise ValueError('only content parts of {"type": "text"} are supported')
@@ -231,15 +239,20 @@ class _Body(BaseModel):
         ]
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
-        return {k: v for k, v in given.items() if k in cls.model_fields}
+        return {k: v for k, v in given.items() if k in cls.field_names()}
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields as clients write them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
     @classmethod
     def _refusal(cls, name: Any, value: Any) -> str | None:
-        if name in cls.model_fields:
+        if name in cls.field_names():
             return None
         allowed = cls.unsupported.get(name)
         if allowed is None:
-            near = get_close_matches(str(name), cls.model_fields, n=1)
+            near = get_close_matches(str(name), cls.field_names(), n=1)
             return "unknown field" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
         if any(type(value) is type(ok) and value == ok for ok in allowed):
             return None
@@ -266,6 +279,33 @@ class StreamOptions(_Body):
     include_usage: StrictBool = False
 
 
+class JsonSchema(_Body):
+    """``strict`` makes no difference: the answer always follows the schema."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"description"})
+
+    name: Annotated[str, BeforeValidator(_identifier)]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: StrictBool = False
+
+
+class ResponseFormat(_Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _with_its_type(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        kind = info.data.get("type")
+        if kind == "json_schema" and value is None:
+            raise ValueError("is required with type 'json_schema'")
+        if kind != "json_schema" and kind is not None and value is not None:
+            raise ValueError("is only allowed with type 'json_schema'")
+        return value
+
+
 class GenerationRequest(_Body, ABC):
     """What both endpoints share. Fields beyond OpenAI's have vLLM's names and meanings."""
 
@@ -287,9 +327,19 @@ class GenerationRequest(_Body, ABC):
     )
     ignore_eos: StrictBool = False
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_stop_token_ids)] = ()
+    response_format: ResponseFormat | None = None  # None: any text
     priority: Annotated[StrictInt, Field(ge=-MAX_INT32, le=MAX_INT32)] = 0
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _can_end(cls, value: ResponseFormat, info: ValidationInfo) -> ResponseFormat | None:
+        if value.type == "text":
+            return None
+        if info.data.get("ignore_eos"):
+            raise ValueError("cannot be combined with 'ignore_eos', as JSON comes to an end")
+        return value
 
     @field_validator("stream_options")
     @classmethod

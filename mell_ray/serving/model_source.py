@@ -62,7 +62,9 @@ def build_engine(llm: LLMConfig, device: str) -> Engine:
     from transformers.utils.logging import disable_progress_bar
 
     from mell_ray.engine import Engine, load_model
+    from mell_ray.engine.grammar import GrammarCompiler
 
     disable_progress_bar()
     model = load_model(resolve_source(llm), llm.engine_kwargs, device)
-    return Engine(model, llm.engine_kwargs, device)
+    grammars = GrammarCompiler(lambda: load_tokenizer(llm), model.vocab_size, model.eos_token_ids)
+    return Engine(model, llm.engine_kwargs, device, grammars)

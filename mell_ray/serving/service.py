@@ -39,6 +39,7 @@ from mell_ray.openai.response import (
     model_card,
     usage,
 )
+from mell_ray.openai.structured import SCHEMA_PARAM, GrammarCheck
 from mell_ray.openai.text import TextPiece
 from mell_ray.openai.tokenizer import Tokenizer
 from mell_ray.serving.runner import Job
@@ -111,6 +112,7 @@ class Service:
         default_max_tokens: int,
     ) -> None:
         self._models = {model.model_id: model for model in models}
+        self._grammars = {model.model_id: GrammarCheck(model.tokenizer) for model in models}
         self._runs = runs
         self._limits = limits
         self._default_max_tokens = default_max_tokens
@@ -136,6 +138,9 @@ class Service:
             generations = await asyncio.to_thread(self._plan, request, model)
         else:
             generations = self._plan(request, model)
+        grammar = generations[0].sampling.grammar
+        if grammar is not None:
+            await self._grammars[model.model_id].check(grammar, SCHEMA_PARAM)
         request_id = request_id or uuid.uuid4().hex
         jobs = [
             Job(

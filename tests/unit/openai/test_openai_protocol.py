@@ -98,7 +98,6 @@ BAD_CHAT = [
     ("tool_choice", "required", "not supported"),
     ("functions", [{}], "not supported"),
     ("function_call", {"name": "f"}, "not supported"),
-    ("response_format", {"type": "json_object"}, "not supported"),
     ("modalities", ["text", "audio"], "not supported"),
     ("audio", {"voice": "x"}, "not supported"),
     ("reasoning_effort", "high", "not supported"),
