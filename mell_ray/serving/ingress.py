@@ -218,7 +218,10 @@ class Ingress:
 
     async def _http(self, request: Request, *, chat: bool) -> Response:
         prepared = await self._service.prepare(
-            await _json_body(request), chat=chat, request_id=_request_id(request)
+            await _json_body(request),
+            chat=chat,
+            request_id=_request_id(request),
+            wants_trace=_wants_trace(request),
         )
         if prepared.request.stream:
             return await self._sse(prepared)
@@ -272,6 +275,13 @@ def _request_id(request: Request) -> str:
             param="x-request-id",
         )
     return request_id
+
+
+def _wants_trace(request: Request) -> bool:
+    value = request.headers.get("x-mell-trace", "0")
+    if value not in ("0", "1"):
+        raise InvalidRequestError("'x-mell-trace': must be 0 or 1", param="x-mell-trace")
+    return value == "1"
 
 
 async def _json_body(request: Request) -> Any:

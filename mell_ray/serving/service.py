@@ -88,12 +88,23 @@ class Prepared:
     request: GenerationRequest
     generations: Sequence[Generation]
     jobs: Sequence[Job]
+    wants_trace: bool = False
 
     @property
     def response_id(self) -> str:
         """The ``id`` of the response body, with OpenAI's prefix."""
         prefix = "chatcmpl" if isinstance(self.request, ChatCompletionRequest) else "cmpl"
         return f"{prefix}-{self.request_id}"
+
+    def trace(self) -> dict[str, Any]:
+        """Where the time of each choice went, once all have ended."""
+        return {
+            "request_id": self.request_id,
+            "choices": [
+                {"index": generation.choice_index, **job.clock.breakdown()}
+                for generation, job in zip(self.generations, self.jobs, strict=True)
+            ],
+        }
 
     @property
     def prompt_tokens(self) -> int:
@@ -122,7 +133,9 @@ class Service:
         model = self._model(name)
         return model_card(model.model_id, model.created, model.max_model_len)
 
-    async def prepare(self, body: Any, *, chat: bool, request_id: str | None = None) -> Prepared:
+    async def prepare(
+        self, body: Any, *, chat: bool, request_id: str | None = None, wants_trace: bool = False
+    ) -> Prepared:
         """Validate a request body and tokenise it. Without ``request_id`` it gets a new one.
 
         Raises:
@@ -149,7 +162,8 @@ class Service:
         ]
         for job in jobs:
             await self._limits.check(job)
-        return Prepared(request_id, int(time.time()), model, request, generations, jobs)
+        created = int(time.time())
+        return Prepared(request_id, created, model, request, generations, jobs, wants_trace)
 
     def _plan(self, request: GenerationRequest, model: ServedModel) -> list[Generation]:
         limits = {
@@ -182,13 +196,16 @@ class Service:
             if isinstance(prepared.request, ChatCompletionRequest)
             else completion_response
         )
-        return build(
+        body = build(
             prepared.response_id,
             prepared.created,
             prepared.model.model_id,
             choices,
             prepared.prompt_tokens,
         )
+        if prepared.wants_trace:
+            body["mell_trace"] = prepared.trace()
+        return body
 
     async def stream(self, prepared: Prepared) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -214,6 +231,8 @@ class Service:
                 if chunk:
                     yield chunk
         tail = SSE_DONE
+        if prepared.wants_trace:
+            tail = chunker.extra("mell_trace", prepared.trace()) + tail
         if request.include_usage:
             tail = chunker.usage(prepared.prompt_tokens, completion_tokens) + tail
         yield tail

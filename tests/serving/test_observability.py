@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +126,56 @@ def test_many_viewers_cost_one_look_a_second(app: App) -> None:
     with httpx.Client(timeout=30) as client:
         views = [client.get(url).json()["time"] for _ in range(30)]
     assert len(set(views)) <= (time.monotonic() - started) / KEEP_S + 1
+
+
+TRACED = {"x-mell-trace": "1"}
+
+
+def test_trace_says_where_the_time_went(app: App) -> None:
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 12, "ignore_eos": True, "n": 2}
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, headers=TRACED, timeout=60)
+    trace = answer.json()["mell_trace"]
+    assert trace["request_id"] == answer.headers["x-request-id"]
+    assert [choice["index"] for choice in trace["choices"]] == [0, 1]
+    ids = {replica["id"] for replica in app.state()["replicas"]}
+    for choice in trace["choices"]:
+        parts = [choice[name] for name in ("queue_ms", "prefill_ms", "decode_ms")]
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) == pytest.approx(choice["total_ms"], abs=0.01)
+        assert choice["tokens"] == sum(stay["tokens"] for stay in choice["replicas"]) == 12
+        assert {stay["id"] for stay in choice["replicas"]} <= ids
+    plain = httpx.post(f"{app.url}/v1/completions", json=body, timeout=60).json()
+    assert "mell_trace" not in plain
+
+
+def test_trace_of_a_stream_comes_last_and_tells_of_migrations(app: App) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 300, "ignore_eos": True, **options}
+    url = f"{app.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=TRACED, timeout=120) as response:
+        lines = response.iter_lines()
+        next(lines)
+        request = response.headers["x-request-id"]
+        moved = app.post(f"requests/{request}/migrate", {"to": None, "mode": "kv"}).json()
+        assert moved["outcome"] == "committed"
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    last = json.loads(events[-2])
+    assert last["choices"] == []
+    (choice,) = last["mell_trace"]["choices"]
+    assert choice["migrations"] == 1
+    assert [stall["kind"] for stall in choice["stalls"]] == ["migration"]
+    assert [stay["id"] for stay in choice["replicas"]] == [moved["from"], moved["to"]]
+    assert sum(stay["tokens"] for stay in choice["replicas"]) == choice["tokens"] == 300
+    assert json.loads(events[-3])["usage"]["completion_tokens"] == 300
+
+
+def test_trace_header_must_be_0_or_1(app: App) -> None:
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 1}
+    headers = {"x-mell-trace": "please"}
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-mell-trace"
 
 
 @pytest.mark.skipif(
