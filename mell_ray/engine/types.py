@@ -63,6 +63,7 @@ class RequestState:
     num_computed: int = 0  # engine
     ingress_id: str = ""  # ingress: whose stream gets the deltas
     migrations: int = 0  # engine at hand-over: how often it has moved
+    traceparent: str = ""  # ingress: W3C context of its span; "": not traced
 
     @property
     def num_tokens(self) -> int:

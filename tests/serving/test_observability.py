@@ -21,9 +21,16 @@ from tests.serving.conftest import App
 
 
 @pytest.fixture(scope="module")
-def app(deploy) -> App:
-    # The policy leaves moves to the test; small pools, so that blocks are seen to be used.
-    app = deploy("observe", replicas=(2, 2), mell={"policy": {"name": "worst-fit"}})
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def app(deploy, traces: Path) -> App:
+    # The policy leaves moves to the tests; only requests that bring a trace are traced.
+    tracing = {"exporter": "file", "directory": str(traces), "sample_ratio": 0.0}
+    mell = {"policy": {"name": "worst-fit"}, "observability": {"tracing": tracing}}
+    app = deploy("observe", replicas=(2, 2), mell=mell)
     app.wait_ready(2)
     return app
 
@@ -45,10 +52,11 @@ def complete(app: App, prompt: str, length: int) -> int:
     return answer["usage"]["completion_tokens"]
 
 
-def move_one(app: App, mode: str) -> dict:
+def move_one(app: App, mode: str, **headers: str) -> dict:
     body = {"model": MODEL_ID, "prompt": f"{mode}: a", "max_tokens": 300, "ignore_eos": True}
     url = f"{app.url}/v1/completions"
-    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
+    body["stream"] = True
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
         request = response.headers["x-request-id"]
@@ -176,6 +184,44 @@ def test_trace_header_must_be_0_or_1(app: App) -> None:
     answer = httpx.post(f"{app.url}/v1/completions", json=body, headers=headers, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "x-mell-trace"
+
+
+def test_spans_tell_of_the_request_on_both_replicas_and_of_its_move(app: App, traces: Path) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    moved = move_one(app, "kv", traceparent=f"00-{trace_id}-00f067aa0ba902b7-01")
+    deadline = time.monotonic() + 30
+    while True:
+        spans = [span for path in traces.glob("*.jsonl") for span in spans_of(path)]
+        names = [span["name"] for span in spans]
+        if {"completion", "migration"} <= set(names) and names.count("engine") == 2:
+            break
+        assert time.monotonic() < deadline, names
+        time.sleep(0.1)
+    assert {span["context"]["trace_id"] for span in spans} == {f"0x{trace_id}"}
+    ids = {span["context"]["span_id"]: span["name"] for span in spans}
+    above = {(span["name"], ids.get(span["parent_id"])) for span in spans}
+    assert above == {
+        ("completion", None),
+        ("generate", "completion"),
+        ("queue", "generate"),
+        ("prefill", "generate"),
+        ("decode", "generate"),
+        ("engine", "generate"),
+        ("engine.step", "engine"),
+        ("migration", "generate"),
+        ("freeze", "migration"),
+    }
+    stays = [span["attributes"] for span in spans if span["name"] == "engine"]
+    assert {stay["mell.replica"] for stay in stays} == {moved["from"], moved["to"]}
+    assert {stay["mell.left"] for stay in stays} == {"moved", "length"}
+    services = {span["resource"]["attributes"]["service.name"] for span in spans}
+    assert services == {"mell-ray-ingress", "mell-ray-router", "mell-ray-replica"}
+    assert "kv: a" not in json.dumps(spans), "no request text"
+
+
+def spans_of(path: Path) -> list[dict]:
+    complete_lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in complete_lines]
 
 
 @pytest.mark.skipif(
