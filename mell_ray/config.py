@@ -165,6 +165,36 @@ class IngressConfig(_Strict):
     )
 
 
+class TracingConfig(_Strict):
+    exporter: Literal["none", "otlp", "file"] = Field(
+        default="none",
+        description="Where OpenTelemetry spans go: nowhere, to a collector (OTLP over HTTP, needs "
+        "mell-ray[tracing]), or into files of JSON lines.",
+    )
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="The collector's address; default: OTEL_EXPORTER_OTLP_ENDPOINT, else port "
+        "4318 of the node.",
+    )
+    directory: str = Field(
+        default="/tmp/mell-traces",
+        min_length=1,
+        description="Where the exporter 'file' writes, one file per process.",
+    )
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that are traced; a client's own traceparent decides "
+        "for its request.",
+    )
+
+
+class ObservabilityConfig(_Strict):
+    tracing: TracingConfig = TracingConfig()
+
+
 class MellSettings(_Strict):
     """What Ray Serve LLM does not have."""
 
@@ -172,6 +202,7 @@ class MellSettings(_Strict):
     migration: MigrationConfig = MigrationConfig()
     fleet: FleetConfig = FleetConfig()
     ingress: IngressConfig = IngressConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     epoch_s: float = Field(default=0.25, gt=0, description="Planning tick of the Router.")
     max_queued_requests: int = Field(
         default=256, ge=0, description="Requests waiting for room; more are answered 503."

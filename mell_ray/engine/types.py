@@ -65,6 +65,7 @@ class RequestState:
     ingress_id: str = ""  # ingress: whose stream gets the deltas
     migrations: int = 0  # engine at hand-over: how often it has moved
     kv_format: str = ""  # engine that owns it: what its blocks hold; "" before any engine
+    traceparent: str = ""  # ingress: W3C context of its span; "": not traced
 
     @property
     def num_tokens(self) -> int:

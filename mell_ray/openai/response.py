@@ -184,6 +184,10 @@ class _Chunker:
         totals = _encode(usage(prompt_tokens, completion_tokens))
         return f'{self._head}],"usage":{totals}}}\n\n'.encode("ascii")
 
+    def extra(self, name: str, value: Any) -> bytes:
+        """A chunk without choices, as ``usage`` is one, that carries an addition of ours."""
+        return f'{self._head}],"{name}":{_encode(value)}}}\n\n'.encode("ascii")
+
     def _chunk(self, choice: str) -> bytes:
         return f"{self._head}{choice}{self._tail}".encode("ascii")
 

@@ -35,6 +35,7 @@ class Entry:
     seen: bool = False  # reported by replica_id since then
     lost: bool = False  # its replica died; its ingress will claim it
     migrating_to: str | None = None
+    traceparent: str = ""  # of its span at the ingress; "": not traced
 
 
 class RequestBook:

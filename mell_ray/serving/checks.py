@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from mell_ray.config import MellConfig
+from mell_ray.observability.tracing import check_tracing
 from mell_ray.scheduler import Scheduler
 from mell_ray.serving.model_source import resolve_source
 from mell_ray.serving.scheduling import scheduler_config
 
 
 def check_config(config: MellConfig) -> None:
-    """Raises ConfigError, naming the setting: model sources, the policy and its parameters."""
+    """Raises ConfigError, naming the setting: model sources, the policy and its parameters, the
+    exporter of traces."""
     for llm in config.llm_configs:
         resolve_source(llm)
+    check_tracing(config.mell.observability.tracing)
     Scheduler(scheduler_config(config))

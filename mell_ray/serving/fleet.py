@@ -77,6 +77,7 @@ class Fleet:
             ingress_timeout_s=INGRESS_TIMEOUT_S,
             config_hash=config_hash(llm),
             log_level=self._settings.log_level,
+            tracing=self._settings.observability.tracing,
         )
         threads = str(llm.engine_kwargs.num_threads)
         actor = _ACTOR_CLASS.options(

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from mell_ray.config import LLMConfig, MellConfig
 from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, OverloadedError
 from mell_ray.observability.recorder import RayRecorder
+from mell_ray.observability.tracing import TRACEPARENT, make_tracer
 from mell_ray.openai.errors import error_body
 from mell_ray.openai.response import model_list, sse_error
 from mell_ray.serving.fleet import replica_namespace
@@ -87,9 +88,10 @@ class Ingress:
         self._router = RouterClient(router)
         names = [llm.model_id for llm in config.llm_configs]
         recorder = RayRecorder("ingress")
+        tracer = make_tracer(config.mell.observability.tracing, "ingress")
         for name in names:
             recorder.start_from_zero(name)
-        self._runner = Runner(namespace, uuid.uuid4().hex, self._router, names, recorder)
+        self._runner = Runner(namespace, uuid.uuid4().hex, self._router, names, recorder, tracer)
         loop = asyncio.get_running_loop()
         models = [
             await loop.run_in_executor(None, _served_model, llm) for llm in config.llm_configs
@@ -97,7 +99,11 @@ class Ingress:
         self._page_data = PageData(self._router)
         self._default_model = models[0].model_id
         self._service = Service(
-            models, self._runner, _PoolLimits(self._router), config.mell.ingress.default_max_tokens
+            models,
+            self._runner,
+            _PoolLimits(self._router),
+            config.mell.ingress.default_max_tokens,
+            tracer,
         )
 
     # --- OpenAI ----------------------------------------------------------------------------
@@ -218,7 +224,11 @@ class Ingress:
 
     async def _http(self, request: Request, *, chat: bool) -> Response:
         prepared = await self._service.prepare(
-            await _json_body(request), chat=chat, request_id=_request_id(request)
+            await _json_body(request),
+            chat=chat,
+            request_id=_request_id(request),
+            wants_trace=_wants_trace(request),
+            traceparent=request.headers.get(TRACEPARENT, ""),
         )
         if prepared.request.stream:
             return await self._sse(prepared)
@@ -272,6 +282,13 @@ def _request_id(request: Request) -> str:
             param="x-request-id",
         )
     return request_id
+
+
+def _wants_trace(request: Request) -> bool:
+    value = request.headers.get("x-mell-trace", "0")
+    if value not in ("0", "1"):
+        raise InvalidRequestError("'x-mell-trace': must be 0 or 1", param="x-mell-trace")
+    return value == "1"
 
 
 async def _json_body(request: Request) -> Any:

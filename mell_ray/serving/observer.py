@@ -17,6 +17,8 @@ from mell_ray.observability.activity import Activity
 from mell_ray.observability.fleet import FleetMeter, GpuSample
 from mell_ray.observability.pulse import Pulse
 from mell_ray.observability.recorder import Recorder
+from mell_ray.observability.spans import record_migration
+from mell_ray.observability.tracing import make_tracer
 from mell_ray.observability.view import gpu_views, shown_id
 from mell_ray.serving.core import Core
 from mell_ray.serving.snapshot import state_snapshot
@@ -32,6 +34,7 @@ class Observer:
         self, core: Core, recorder: Recorder, waiting: Callable[[], Iterable[str]]
     ) -> None:
         self._core = core
+        self._tracer = make_tracer(core.settings.observability.tracing, "router")
         self._waiting = waiting
         self._meter = FleetMeter(recorder, core.llms)
         self._activity = Activity()
@@ -50,6 +53,9 @@ class Observer:
         """A migration has ended."""
         self._meter.migrated(result)
         order = result.order
+        entry = self._core.entry(order.request_id)
+        if entry is not None:
+            record_migration(self._tracer, entry.traceparent, result)
         self._moves.append(
             {
                 "at": time.time(),

@@ -97,6 +97,7 @@ class Placement:
                 arrival_s=request.arrival_s or time.time(),
                 ingress_id=request.ingress_id,
                 generation=request.generation,
+                traceparent=request.traceparent,
             )
         )
         future = self._future(request.request_id)

@@ -32,6 +32,8 @@ from mell_ray.migration.types import (
 )
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.replica import ReplicaMeter
+from mell_ray.observability.spans import EngineSpans
+from mell_ray.observability.tracing import make_tracer
 from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.outbox import Outbox
@@ -86,6 +88,7 @@ class GPUReplica:
         recorder = RayRecorder("replica")
         recorder.start_from_zero(spec.llm.model_id)
         self._meter = ReplicaMeter(recorder, spec.llm.model_id, spec.replica_id, born)
+        self._spans = EngineSpans(make_tracer(spec.tracing, "replica"), spec.replica_id)
         self._loop.start()
         self._housekeeping = Housekeeping(self, spec.namespace, spec.lease_s)
         self._housekeeping.start()
@@ -98,6 +101,7 @@ class GPUReplica:
             output.num_resident_tokens,
             output.seconds,
         )
+        self._spans.stepped(output)
         per_ingress: dict[str, list] = {}
         for delta in output.deltas:
             ingress = self._ingress_of.get(delta.request_id)
@@ -125,6 +129,7 @@ class GPUReplica:
 
     def _forget(self, engine: Engine, request_id: str) -> bool:
         self._ingress_of.pop(request_id, None)
+        self._spans.left(request_id, "dropped")
         return engine.abort(request_id)
 
     def in_engine(self, function: Callable[[Engine], T]) -> asyncio.Future[T]:
@@ -163,6 +168,7 @@ class GPUReplica:
                     raise FencedError(f"{state.request_id} is here with generation {present}")
                 engine.abort(state.request_id)
             engine.add(state)
+            self._spans.arrived(state)
             self._ingress_of[state.request_id] = state.ingress_id
 
         await self.in_engine(accept)
@@ -310,6 +316,7 @@ class GPUReplica:
         order = self._source.release(engine, migration_id)
         if order is None:
             return
+        self._spans.left(order.request_id, "moved")
         ingress = self._ingress_of.pop(order.request_id, None)
         if ingress is not None:
             self._outbox(ingress).put(notices=[Moved(order.request_id, order.dst)])
@@ -349,6 +356,7 @@ class GPUReplica:
         def commit(engine: Engine) -> int:
             generation = self._target.commit(engine, migration_id, frozen, payload)
             self._ingress_of[frozen.state.request_id] = frozen.state.ingress_id
+            self._spans.arrived(frozen.state)
             return generation
 
         return await self.in_engine(commit)

@@ -21,6 +21,8 @@ from mell_ray.observability.clock import RequestClock
 from mell_ray.observability.pulse import Pulse
 from mell_ray.observability.recorder import Recorder
 from mell_ray.observability.requests import FLUSH_S, RequestMeter
+from mell_ray.observability.spans import ChoiceSpan
+from mell_ray.observability.tracing import Tracer
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
@@ -44,6 +46,7 @@ class Lost:
 @dataclass(slots=True)
 class Live:
     job: Job
+    span: ChoiceSpan
     track: Track
     events: asyncio.Queue[Accepted | Lost]
 
@@ -58,6 +61,7 @@ class Job:
     sampling: SamplingParams
     priority: int = 0
     clock: RequestClock = field(default_factory=RequestClock)
+    traceparent: str = ""  # of the span that it belongs to; "": not traced
 
 
 class Runner:
@@ -70,7 +74,9 @@ class Runner:
         router: RouterClient,
         models: Iterable[str],
         recorder: Recorder,
+        tracer: Tracer | None,
     ) -> None:
+        self._tracer = tracer
         self._ingress_id = ingress_id
         self._router = router
         self._live: dict[str, Live] = {}
@@ -88,11 +94,18 @@ class Runner:
         if job.request_id in self._live:
             raise ConflictError(f"request {job.request_id} is running already; use another id")
         track = Track(job.request_id, replica_id="", generation=0)
-        live = Live(job, track, asyncio.Queue())
+        span = ChoiceSpan(
+            self._tracer,
+            job.traceparent,
+            job.request_id,
+            job.model_id,
+            len(job.prompt_token_ids),
+        )
+        live = Live(job, span, track, asyncio.Queue())
         outcome = "cancelled"
         self._live[job.request_id] = live
         try:
-            await self._start(job, track, lost=None)
+            await self._start(live, lost=None)
             failures = 0
             while not track.finished or not live.events.empty():
                 event = await live.events.get()
@@ -109,7 +122,7 @@ class Runner:
                             f"{failures} replicas died one after another with this request"
                         )
                     self._meter.lost(job.model_id, job.clock, died=event.died)
-                    await self._start(job, track, lost=event.replica_id)
+                    await self._start(live, lost=event.replica_id)
         except Exception as error:
             refused = isinstance(error, MellError) and not isinstance(error, ServerError)
             outcome = "refused" if refused else "error"
@@ -118,12 +131,14 @@ class Runner:
             if job.clock.stopped:
                 outcome = "stop"
             self._meter.finished(job.model_id, job.clock, outcome)
+            span.end(job.clock, outcome)
             del self._live[job.request_id]
             if not track.finished:
                 self._abandon(track)
 
-    async def _start(self, job: Job, track: Track, lost: str | None) -> None:
+    async def _start(self, live: Live, lost: str | None) -> None:
         """Get a place and bring the request there, with all tokens received so far."""
+        job, track = live.job, live.track
         while True:
             lease = await self._router.place(
                 PlaceRequest(
@@ -135,6 +150,7 @@ class Runner:
                     priority=job.priority,
                     generation=track.generation,
                     lost_replica=lost,
+                    traceparent=live.span.traceparent,
                 )
             )
             track.take_over(lease.replica_id, lease.generation)
@@ -142,7 +158,7 @@ class Runner:
             try:
                 actor = await self._links.ensure(lease.replica_id)
                 if not lease.existing:
-                    await actor.submit.remote(self._state(job, track, lease))
+                    await actor.submit.remote(self._state(live, lease))
                 return
             except (ReplicaGone, RayActorError):
                 lost = lease.replica_id
@@ -152,7 +168,8 @@ class Runner:
                     raise cause from None
                 lost = lease.replica_id
 
-    def _state(self, job: Job, track: Track, lease: Lease) -> RequestState:
+    def _state(self, live: Live, lease: Lease) -> RequestState:
+        job, track = live.job, live.track
         return RequestState(
             request_id=job.request_id,
             prompt_token_ids=job.prompt_token_ids,
@@ -163,6 +180,7 @@ class Runner:
             output_token_ids=list(track.token_ids),
             output_logprobs=list(track.logprobs),
             ingress_id=self._ingress_id,
+            traceparent=live.span.traceparent,
         )
 
     def _abandon(self, track: Track) -> None:

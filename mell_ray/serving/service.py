@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from mell_ray.errors import InvalidRequestError, ModelNotFoundError
+from mell_ray.observability.tracing import Tracer
+from mell_ray.observability.tracing import traceparent as traceparent_of
 from mell_ray.openai.errors import from_validation_error
 from mell_ray.openai.plan import (
     Generation,
@@ -89,12 +91,24 @@ class Prepared:
     request: GenerationRequest
     generations: Sequence[Generation]
     jobs: Sequence[Job]
+    wants_trace: bool = False
+    span: Any = None  # OpenTelemetry's; None: not traced
 
     @property
     def response_id(self) -> str:
         """The ``id`` of the response body, with OpenAI's prefix."""
         prefix = "chatcmpl" if isinstance(self.request, ChatCompletionRequest) else "cmpl"
         return f"{prefix}-{self.request_id}"
+
+    def trace(self) -> dict[str, Any]:
+        """Where the time of each choice went, once all have ended."""
+        return {
+            "request_id": self.request_id,
+            "choices": [
+                {"index": generation.choice_index, **job.clock.breakdown()}
+                for generation, job in zip(self.generations, self.jobs, strict=True)
+            ],
+        }
 
     @property
     def prompt_tokens(self) -> int:
@@ -110,7 +124,9 @@ class Service:
         runs: Runs,
         limits: Limits,
         default_max_tokens: int,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._models = {model.model_id: model for model in models}
         self._grammars = {model.model_id: GrammarCheck(model.tokenizer) for model in models}
         self._runs = runs
@@ -124,8 +140,17 @@ class Service:
         model = self._model(name)
         return model_card(model.model_id, model.created, model.max_model_len)
 
-    async def prepare(self, body: Any, *, chat: bool, request_id: str | None = None) -> Prepared:
+    async def prepare(
+        self,
+        body: Any,
+        *,
+        chat: bool,
+        request_id: str | None = None,
+        wants_trace: bool = False,
+        traceparent: str = "",
+    ) -> Prepared:
         """Validate a request body and tokenise it. Without ``request_id`` it gets a new one.
+        ``traceparent``: the client's own trace, if it has one.
 
         Raises:
             InvalidRequestError: names the field.
@@ -142,6 +167,7 @@ class Service:
         if grammar is not None:
             await self._grammars[model.model_id].check(grammar, SCHEMA_PARAM)
         request_id = request_id or uuid.uuid4().hex
+        span, above = self._begin_span(request, request_id, traceparent)
         jobs = [
             Job(
                 request_id=choice_request_id(request_id, i, len(generations)),
@@ -149,12 +175,29 @@ class Service:
                 prompt_token_ids=generation.prompt_token_ids,
                 sampling=generation.sampling,
                 priority=request.priority,
+                traceparent=above,
             )
             for i, generation in enumerate(generations)
         ]
         for job in jobs:
             await self._limits.check(job)
-        return Prepared(request_id, int(time.time()), model, request, generations, jobs)
+        created = int(time.time())
+        return Prepared(request_id, created, model, request, generations, jobs, wants_trace, span)
+
+    def _begin_span(
+        self, request: GenerationRequest, request_id: str, parent: str
+    ) -> tuple[Any, str]:
+        """The span of the whole request, and its traceparent."""
+        if self._tracer is None:
+            return None, ""
+        name = "chat" if isinstance(request, ChatCompletionRequest) else "completion"
+        attributes = {
+            "mell.request_id": request_id,
+            "gen_ai.operation.name": name,
+            "gen_ai.request.model": request.model,
+        }
+        span = self._tracer.start(name, parent, attributes)
+        return span, traceparent_of(span)
 
     def _plan(self, request: GenerationRequest, model: ServedModel) -> list[Generation]:
         limits = {
@@ -187,13 +230,16 @@ class Service:
             if isinstance(prepared.request, ChatCompletionRequest)
             else completion_response
         )
-        return build(
+        body = build(
             prepared.response_id,
             prepared.created,
             prepared.model.model_id,
             choices,
             prepared.prompt_tokens,
         )
+        if prepared.wants_trace:
+            body["mell_trace"] = prepared.trace()
+        return body
 
     async def stream(self, prepared: Prepared) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -219,17 +265,29 @@ class Service:
                 if chunk:
                     yield chunk
         tail = SSE_DONE
+        if prepared.wants_trace:
+            tail = chunker.extra("mell_trace", prepared.trace()) + tail
         if request.include_usage:
             tail = chunker.usage(prepared.prompt_tokens, completion_tokens) + tail
         yield tail
 
     async def events(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
         """Events of all choices as they come; closing it drops what still runs."""
-        if len(prepared.jobs) == 1:
-            async with aclosing(self._choice(prepared, 0)) as events:
+        try:
+            if len(prepared.jobs) == 1:
+                async with aclosing(self._choice(prepared, 0)) as events:
+                    async for event in events:
+                        yield event
+                return
+            async with aclosing(self._merged(prepared)) as events:
                 async for event in events:
                     yield event
-            return
+        finally:
+            if prepared.span is not None:
+                prepared.span.end()
+
+    async def _merged(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
+        """Events of several choices that run at once."""
         queue: asyncio.Queue[ChoiceEvent | BaseException | None] = asyncio.Queue()
         tasks = [
             asyncio.create_task(self._feed(prepared, i, queue)) for i in range(len(prepared.jobs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mell_ray.config import LLMConfig, MigrationConfig
+from mell_ray.config import LLMConfig, MigrationConfig, TracingConfig
 from mell_ray.engine.types import (
     EngineStats,
     FinishReason,
@@ -86,6 +86,7 @@ class ReplicaSpec:
     ingress_timeout_s: float
     config_hash: str
     log_level: str
+    tracing: TracingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +149,4 @@ class PlaceRequest:
     generation: int = 0  # the highest the ingress has seen; 0: new
     arrival_s: float = 0.0  # 0: now
     lost_replica: str | None = None  # the owner that failed, when this is a recovery
+    traceparent: str = ""  # W3C context of the request's span; "": not traced

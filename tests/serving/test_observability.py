@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,16 @@ from tests.serving.conftest import App
 
 
 @pytest.fixture(scope="module")
-def app(deploy) -> App:
-    # The policy leaves moves to the test; small pools, so that blocks are seen to be used.
-    app = deploy("observe", replicas=(2, 2), mell={"policy": {"name": "worst-fit"}})
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def app(deploy, traces: Path) -> App:
+    # The policy leaves moves to the tests; only requests that bring a trace are traced.
+    tracing = {"exporter": "file", "directory": str(traces), "sample_ratio": 0.0}
+    mell = {"policy": {"name": "worst-fit"}, "observability": {"tracing": tracing}}
+    app = deploy("observe", replicas=(2, 2), mell=mell)
     app.wait_ready(2)
     return app
 
@@ -44,10 +52,11 @@ def complete(app: App, prompt: str, length: int) -> int:
     return answer["usage"]["completion_tokens"]
 
 
-def move_one(app: App, mode: str) -> dict:
+def move_one(app: App, mode: str, **headers: str) -> dict:
     body = {"model": MODEL_ID, "prompt": f"{mode}: a", "max_tokens": 300, "ignore_eos": True}
     url = f"{app.url}/v1/completions"
-    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
+    body["stream"] = True
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
         request = response.headers["x-request-id"]
@@ -125,6 +134,94 @@ def test_many_viewers_cost_one_look_a_second(app: App) -> None:
     with httpx.Client(timeout=30) as client:
         views = [client.get(url).json()["time"] for _ in range(30)]
     assert len(set(views)) <= (time.monotonic() - started) / KEEP_S + 1
+
+
+TRACED = {"x-mell-trace": "1"}
+
+
+def test_trace_says_where_the_time_went(app: App) -> None:
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 12, "ignore_eos": True, "n": 2}
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, headers=TRACED, timeout=60)
+    trace = answer.json()["mell_trace"]
+    assert trace["request_id"] == answer.headers["x-request-id"]
+    assert [choice["index"] for choice in trace["choices"]] == [0, 1]
+    ids = {replica["id"] for replica in app.state()["replicas"]}
+    for choice in trace["choices"]:
+        parts = [choice[name] for name in ("queue_ms", "prefill_ms", "decode_ms")]
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) == pytest.approx(choice["total_ms"], abs=0.01)
+        assert choice["tokens"] == sum(stay["tokens"] for stay in choice["replicas"]) == 12
+        assert {stay["id"] for stay in choice["replicas"]} <= ids
+    plain = httpx.post(f"{app.url}/v1/completions", json=body, timeout=60).json()
+    assert "mell_trace" not in plain
+
+
+def test_trace_of_a_stream_comes_last_and_tells_of_migrations(app: App) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 300, "ignore_eos": True, **options}
+    url = f"{app.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=TRACED, timeout=120) as response:
+        lines = response.iter_lines()
+        next(lines)
+        request = response.headers["x-request-id"]
+        moved = app.post(f"requests/{request}/migrate", {"to": None, "mode": "kv"}).json()
+        assert moved["outcome"] == "committed"
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    last = json.loads(events[-2])
+    assert last["choices"] == []
+    (choice,) = last["mell_trace"]["choices"]
+    assert choice["migrations"] == 1
+    assert [stall["kind"] for stall in choice["stalls"]] == ["migration"]
+    assert [stay["id"] for stay in choice["replicas"]] == [moved["from"], moved["to"]]
+    assert sum(stay["tokens"] for stay in choice["replicas"]) == choice["tokens"] == 300
+    assert json.loads(events[-3])["usage"]["completion_tokens"] == 300
+
+
+def test_trace_header_must_be_0_or_1(app: App) -> None:
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 1}
+    headers = {"x-mell-trace": "please"}
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-mell-trace"
+
+
+def test_spans_tell_of_the_request_on_both_replicas_and_of_its_move(app: App, traces: Path) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    moved = move_one(app, "kv", traceparent=f"00-{trace_id}-00f067aa0ba902b7-01")
+    deadline = time.monotonic() + 30
+    while True:
+        spans = [span for path in traces.glob("*.jsonl") for span in spans_of(path)]
+        names = [span["name"] for span in spans]
+        if {"completion", "migration"} <= set(names) and names.count("engine") == 2:
+            break
+        assert time.monotonic() < deadline, names
+        time.sleep(0.1)
+    assert {span["context"]["trace_id"] for span in spans} == {f"0x{trace_id}"}
+    ids = {span["context"]["span_id"]: span["name"] for span in spans}
+    above = {(span["name"], ids.get(span["parent_id"])) for span in spans}
+    assert above == {
+        ("completion", None),
+        ("generate", "completion"),
+        ("queue", "generate"),
+        ("prefill", "generate"),
+        ("decode", "generate"),
+        ("engine", "generate"),
+        ("engine.step", "engine"),
+        ("migration", "generate"),
+        ("freeze", "migration"),
+    }
+    stays = [span["attributes"] for span in spans if span["name"] == "engine"]
+    assert {stay["mell.replica"] for stay in stays} == {moved["from"], moved["to"]}
+    assert {stay["mell.left"] for stay in stays} == {"moved", "length"}
+    services = {span["resource"]["attributes"]["service.name"] for span in spans}
+    assert services == {"mell-ray-ingress", "mell-ray-router", "mell-ray-replica"}
+    assert "kv: a" not in json.dumps(spans), "no request text"
+
+
+def spans_of(path: Path) -> list[dict]:
+    complete_lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in complete_lines]
 
 
 @pytest.mark.skipif(
