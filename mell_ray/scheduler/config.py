@@ -42,8 +42,8 @@ class SchedulerConfig:
     spare_gpus: int = 0  # empty GPUs kept ready, per model
     idle_grace_s: float = 10.0  # how long a superfluous empty GPU stays
     startup_s: float = 0.0  # expected; learnt from GPUs that come
-    forecast: bool = False  # open GPUs ahead of demand, by its growth over one start-up time
-    forecast_quantile_z: float = 1.0  # how cautious the forecast is, in standard deviations
+    forecast: bool = False  # keep GPUs ready ahead of demand, as ``forecast`` finds
+    forecast_shortage: float = 0.005  # share of demand that may wait for a GPU to start
     migration_enabled: bool = True
     max_migrations_in_flight: int = 1 << 30
     migration_mode: str = "auto"  # "auto", or always "kv" or "token"

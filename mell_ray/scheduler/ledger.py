@@ -9,6 +9,7 @@ from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import Decision, Preempt
 from mell_ray.scheduler.execution import Executor
 from mell_ray.scheduler.fleet import Fleet
+from mell_ray.scheduler.forecast import Forecast
 from mell_ray.scheduler.policies import Context, Policy
 from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import OVERTAKE_LIMIT, WaitingLine
@@ -45,6 +46,7 @@ class Ledger:
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
         self._last_tick: float | None = None
         self._quiet_until = float("-inf")
+        self._forecast = Forecast(config.forecast_shortage) if config.forecast else None
 
     def context(self, rng: Random) -> Context:
         """What a policy of this model is made with."""
@@ -302,6 +304,7 @@ class Ledger:
         self._give_up_stale()
         self.pool.freed = True
         self.settle(out)
+        self.fleet.foreseen = self._foresee(now)
         self.fleet.renew_promises(self._unplaced(), now, out)
         self.fit(now, out)
         for gpu in self.pool.gpus.values():
@@ -312,6 +315,17 @@ class Ledger:
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
         self.settle(out)
         self.fleet.adjust(now, bool(len(self.line)), out)
+
+    def _foresee(self, now: float) -> int:
+        """GPUs to have, as far as it can be foreseen; 0 without a forecast."""
+        if self._forecast is None:
+            return 0
+        waiting = sum(self._unplaced())
+        total = waiting + sum(gpu.load for gpu in self.pool.gpus.values())
+        if self.pool.capacity:
+            needed = total / self.pool.capacity
+            self._forecast.observe(now, needed, waiting / max(1, total), self.fleet.startup_s)
+        return self._forecast.target()
 
     def _unplaced(self) -> list[int]:
         return [r.need for r in self.line if r.plan is None]

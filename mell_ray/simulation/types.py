@@ -33,6 +33,7 @@ class SimOptions:
     report_tokens: int | None = None  # between two reports of growth, ends, arrivals; None: epoch
     migration_price: float = 1e-5  # GPU-seconds that one migrated token costs
     startup_s: float = 0.0  # from asking for a GPU until it takes requests; billed
+    forecast: bool = False  # keep GPUs ready ahead of demand, as the scheduler forecasts it
     spare_gpus: int = 0  # empty GPUs kept ready
     idle_grace_s: float = 0.0  # how long an empty GPU stays before it is given back
     min_gpus: int = 0
