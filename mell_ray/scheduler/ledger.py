@@ -32,19 +32,19 @@ class Ledger:
         model: str,
         limits: ModelLimits,
         config: SchedulerConfig,
-        cost: CostModel,
         known: dict[str, Gpu],
     ) -> None:
         self.config = config
-        self.cost = cost
+        self.cost = CostModel(config.cost, config.tokens_per_unit, config.migration_mode)
         self.pool = Pool(model, limits, known)
         self.line = WaitingLine()
         self.prefixes: PrefixIndex[Gpu] = PrefixIndex(config.units_per_prefix_block)
         self.fleet = Fleet(self.pool, config, self._forget)
-        self.executor = Executor(self.pool, self.line, config, cost, self.prefixes)
+        self.executor = Executor(self.pool, self.line, config, self.cost, self.prefixes)
         self._priorities: dict[int, int] = {}  # priority: requests that have it
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
-        self._last_tick: float | None = None
+        self._last_plan: float | None = None
+        self._ended = False  # requests have, since the last report
         self._quiet_until = float("-inf")
         self._forecast = Forecast(config.forecast_shortage) if config.forecast else None
 
@@ -75,6 +75,7 @@ class Ledger:
         """The request is over, wherever it was."""
         self.line.remove(request)
         self.executor.evict(request)
+        self._ended = True
         del self.pool.requests[request.id]
         self._pending.pop(request, None)
         self._priorities[request.priority] -= 1
@@ -299,8 +300,6 @@ class Ledger:
 
     def tick(self, now: float, out: list[Decision]) -> None:
         """The planning epoch."""
-        last = self._last_tick if self._last_tick is not None else now
-        self._last_tick = now
         self._give_up_stale()
         self.pool.freed = True
         self.settle(out)
@@ -310,11 +309,31 @@ class Ledger:
         for gpu in self.pool.gpus.values():
             if gpu.state == "draining":
                 self._evacuate(gpu, now, out)
-        quiet = now < self._quiet_until or len(self.line)
-        if self.config.migration_enabled and not quiet:
-            self.policy.tick(min(now - last, _LONGEST_TICK_S))
+        elapsed_s = self._since_plan(now)
+        if self._may_consolidate(now):
+            self.policy.tick(elapsed_s)
         self.settle(out)
         self.fleet.adjust(now, bool(len(self.line)), out)
+
+    def ebb(self, now: float, out: list[Decision]) -> None:
+        """After a report: where requests have ended, the policy need not wait for the epoch."""
+        if not self._ended:
+            return
+        self._ended = False
+        elapsed_s = self._since_plan(now)
+        if self._may_consolidate(now):
+            self.policy.ebb(elapsed_s)
+            self.settle(out)
+
+    def _may_consolidate(self, now: float) -> bool:
+        quiet = now < self._quiet_until or len(self.line) > 0
+        return self.config.migration_enabled and not quiet
+
+    def _since_plan(self, now: float) -> float:
+        """Seconds since this was last asked."""
+        last = self._last_plan if self._last_plan is not None else now
+        self._last_plan = now
+        return min(now - last, _LONGEST_TICK_S)
 
     def _foresee(self, now: float) -> int:
         """GPUs to have, as far as it can be foreseen; 0 without a forecast."""

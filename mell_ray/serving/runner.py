@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -22,6 +22,7 @@ from mell_ray.observability.pulse import Pulse
 from mell_ray.observability.recorder import Recorder
 from mell_ray.observability.requests import FLUSH_S, RequestMeter
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
+from mell_ray.serving.prefix import prompt_prefix
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.track import Accepted, Track
@@ -61,21 +62,22 @@ class Job:
 
 
 class Runner:
-    """All requests of one ingress, for the models named."""
+    """All requests of one ingress; ``block_sizes`` of the prefix cache of each model, 0: none."""
 
     def __init__(
         self,
         namespace: str,
         ingress_id: str,
         router: RouterClient,
-        models: Iterable[str],
+        block_sizes: Mapping[str, int],
         recorder: Recorder,
     ) -> None:
         self._ingress_id = ingress_id
         self._router = router
         self._live: dict[str, Live] = {}
         self._links = ReplicaLinks(namespace, ingress_id, self._on_item, self._on_lost)
-        self._meter = RequestMeter(recorder, models, self._tell)
+        self._block_sizes = block_sizes
+        self._meter = RequestMeter(recorder, block_sizes, self._tell)
         self._telling: asyncio.Task[None] | None = None
         self._links.spawn(self._flush_meter())
 
@@ -124,6 +126,8 @@ class Runner:
 
     async def _start(self, job: Job, track: Track, lost: str | None) -> None:
         """Get a place and bring the request there, with all tokens received so far."""
+        block_size = self._block_sizes[job.model_id]
+        prefix = prompt_prefix(job.model_id, job.prompt_token_ids, block_size)
         while True:
             lease = await self._router.place(
                 PlaceRequest(
@@ -135,6 +139,7 @@ class Runner:
                     priority=job.priority,
                     generation=track.generation,
                     lost_replica=lost,
+                    prefix=prefix,
                 )
             )
             track.take_over(lease.replica_id, lease.generation)

@@ -148,3 +148,4 @@ class PlaceRequest:
     generation: int = 0  # the highest the ingress has seen; 0: new
     arrival_s: float = 0.0  # 0: now
     lost_replica: str | None = None  # the owner that failed, when this is a recovery
+    prefix: tuple[bytes, ...] = ()  # chained hashes of its first full blocks, for placement

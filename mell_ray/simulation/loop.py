@@ -188,7 +188,7 @@ class Simulation:
         ended: list[_Live] = []
         sizes: dict[str, int] = {}
         for id, live in self._running.items():
-            made = int((now - live.since) * rate + 0.01)  # rounded: reports are exact multiples
+            made = int((now - live.since) * rate + 1e-6)  # reports are at exact multiples
             if made <= 0:
                 continue
             size = live.base + made

@@ -171,7 +171,7 @@ def test_growth_at_the_largest_fleet_preempts_the_youngest() -> None:
 
 @pytest.mark.parametrize("policy", ["best-fit", "tide"])
 def test_gpu_whose_node_empties_first_is_evacuated(policy: str) -> None:
-    params = {"patience_s": 0.0} if policy == "best-fit" else {}
+    params = {"consolidate": True, "patience_s": 0.0} if policy == "best-fit" else {}
     world = make_world(policy, params, min_gpus=0, migration_price=0.0, idle_grace_s=1e9)
     for name, node in (("n1a", "n1"), ("n1b", "n1"), ("n2a", "n2")):
         world.capacity[name] = CAPACITY

@@ -81,7 +81,12 @@ class Policy:
         return self.place(request)
 
     def tick(self, elapsed_s: float) -> None:
-        """Once per planning epoch: voluntary moves. The default makes none."""
+        """Once per planning epoch: voluntary moves. ``elapsed_s`` since the last ``tick`` or
+        ``ebb``. The default makes none."""
+
+    def ebb(self, elapsed_s: float) -> None:
+        """Between epochs, when requests have ended since the last report: voluntary moves that
+        need not wait for the epoch. The default makes none."""
 
 
 def parse_params(name: str, kind: type, params: Mapping[str, Any]) -> Any:

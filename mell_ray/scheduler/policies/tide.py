@@ -1,11 +1,11 @@
 """TIDE, the default: pack tightly, pay for voluntary moves out of what idle GPUs have cost.
 
-Placement is best fit with headroom, or even where GPUs hold many small requests; a request that fits
-nowhere may displace smaller ones before a GPU is opened. Growth that no longer fits sheds the
-smallest sufficient request. Once an epoch whole GPUs are emptied, best fit decreasing with up to two
-chains of ejections, paid out of a *bank*: the GPU-seconds that superfluous GPUs have cost so far,
-divided by the price of a moved unit (ski rental). The headroom that growth needs is found by
-feedback.
+Placement is best fit with headroom, or even where GPUs hold many small requests; a request that
+fits nowhere may displace smaller ones before a GPU is opened. Growth that no longer fits sheds the
+smallest sufficient request. Once an epoch, and at each report after requests have ended, whole GPUs
+are emptied, best fit decreasing with up to two chains of ejections, paid out of a *bank*: the
+GPU-seconds that superfluous GPUs have cost so far, divided by the price of a moved unit (ski
+rental). The headroom that growth needs is found by feedback.
 
 Guarantees:
 
@@ -154,6 +154,9 @@ class Tide(Policy):
         return victim, target or self.pool.best_fit(victim)
 
     # --- consolidation ---------------------------------------------------------------------
+
+    def ebb(self, elapsed_s: float) -> None:
+        self.tick(elapsed_s)
 
     def tick(self, elapsed_s: float) -> None:
         used = self.pool.used()
