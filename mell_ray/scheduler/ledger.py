@@ -54,6 +54,7 @@ class Ledger:
             pool=self.pool,
             price=self.price,
             growth=self.config.growth_per_tick,
+            kept=lambda: max(self.pool.limits.min_gpus, self.fleet.foreseen),
             may_move=self.config.migration_enabled,
             rng=rng,
         )
@@ -309,31 +310,24 @@ class Ledger:
         for gpu in self.pool.gpus.values():
             if gpu.state == "draining":
                 self._evacuate(gpu, now, out)
-        elapsed_s = self._since_plan(now)
-        if self._may_consolidate(now):
-            self.policy.tick(elapsed_s)
+        self._plan(now)
         self.settle(out)
         self.fleet.adjust(now, bool(len(self.line)), out)
 
     def ebb(self, now: float, out: list[Decision]) -> None:
         """After a report: where requests have ended, the policy need not wait for the epoch."""
-        if not self._ended:
-            return
-        self._ended = False
-        elapsed_s = self._since_plan(now)
-        if self._may_consolidate(now):
-            self.policy.ebb(elapsed_s)
+        if self._ended and self.policy.eager:
+            self._plan(now)
             self.settle(out)
+        self._ended = False
 
-    def _may_consolidate(self, now: float) -> bool:
-        quiet = now < self._quiet_until or len(self.line) > 0
-        return self.config.migration_enabled and not quiet
-
-    def _since_plan(self, now: float) -> float:
-        """Seconds since this was last asked."""
+    def _plan(self, now: float) -> None:
+        """Let the policy move requests that run."""
         last = self._last_plan if self._last_plan is not None else now
         self._last_plan = now
-        return min(now - last, _LONGEST_TICK_S)
+        quiet = now < self._quiet_until or len(self.line)
+        if self.config.migration_enabled and not quiet:
+            self.policy.tick(min(now - last, _LONGEST_TICK_S))
 
     def _foresee(self, now: float) -> int:
         """GPUs to have, as far as it can be foreseen; 0 without a forecast."""

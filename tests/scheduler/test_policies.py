@@ -178,6 +178,17 @@ def test_tide_empties_a_gpu_once_idling_has_cost_as_much() -> None:
     assert policy.spent == pytest.approx(3.0)
 
 
+def test_tide_leaves_requests_on_gpus_that_are_kept_anyway() -> None:
+    world = fleet("tide", {"a": [30], "b": [30]}, migration_price=0.0, min_gpus=2)
+    for _ in range(3):
+        world.tick(1)
+    assert world.where == {"a0": "a", "b0": "b"}
+    world = fleet("tide", {"a": [60, 15], "b": [85], "c": []}, migration_price=1e-3, min_gpus=3)
+    world.arrive("r", 40)  # fits on neither; c costs nothing more
+    assert world.where["r"] == "c"
+    assert not any(isinstance(d, Migrate) for d in world.log)
+
+
 def test_tide_never_starts_an_evacuation_that_cannot_end() -> None:
     world = fleet("tide", {"a": [70], "b": [70], "c": [35, 10]}, migration_price=0.0)
     for _ in range(5):

@@ -11,7 +11,8 @@ Guarantees:
 
 * Migration budget: price x units moved by consolidation <= integral of superfluous GPUs over time,
   by construction (``Tide.spent <= Tide.earned``). Superfluous are the most GPUs whose load fits
-  into the room of the others. So consolidation never spends more than idling has already cost.
+  into the room of the others, but no GPU that is kept anyway. So consolidation never spends more
+  than idling has already cost.
 * At price 0 and with requests of at most e x C each: if the emptiest GPU cannot be emptied, every
   other has less than e x C free under its headroom H, so GPUs < sum / ((1 - e) C - H) + 1.
 * Per operation: an arrival, or a shed request, displaces at most ``chain`` (2) requests. An emptied
@@ -65,6 +66,7 @@ class TideParams:
 class Tide(Policy):
     name = "tide"
     Params = TideParams
+    eager = True
     params: TideParams
 
     def __init__(self, context: Context, params: Mapping[str, Any]) -> None:
@@ -88,7 +90,7 @@ class Tide(Policy):
         gpu = self._fit(request)
         if gpu is None and self.headroom.units:
             gpu = pool.best_fit(request, used=True)
-        if gpu is None and self.context.may_move:
+        if gpu is None and self.context.may_move and not self._idle_for_free():
             gpu = self._make_room(request, "make-room")
         return gpu if gpu is not None else pool.best_fit(request)
 
@@ -105,6 +107,10 @@ class Tide(Policy):
             if gpu is not None:
                 return gpu
         return self.pool.best_fit(request, self.headroom.units, used=True)
+
+    def _idle_for_free(self) -> bool:
+        """Whether GPUs stand idle that are paid for anyway: filling one costs nothing."""
+        return len(self.pool.used()) < min(self.context.kept(), len(self.pool.keys))
 
     def _make_room(self, request: Request, reason: str) -> Gpu | None:
         """Displace smaller requests if that is worth a GPU not opened; returns where there is
@@ -155,16 +161,14 @@ class Tide(Policy):
 
     # --- consolidation ---------------------------------------------------------------------
 
-    def ebb(self, elapsed_s: float) -> None:
-        self.tick(elapsed_s)
-
     def tick(self, elapsed_s: float) -> None:
         used = self.pool.used()
         capacity = self.pool.capacity
         self.headroom.tick(elapsed_s, len(used), capacity, self.price())
         requests = sum(len(gpu.requests) for gpu in used)
         self._fine_grained = requests >= self.params.level_from * max(1, len(used))
-        superfluous = self._superfluous_now = self._superfluous(used)
+        superfluous = min(self._superfluous(used), max(0, len(used) - self.context.kept()))
+        self._superfluous_now = superfluous
         if not superfluous:
             self.bank = 0.0
             return
