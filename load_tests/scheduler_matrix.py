@@ -33,8 +33,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
     "tide, price 1e-5": ("tide", {}, 1e-5),
     "tide, price 1e-4": ("tide", {}, 1e-4),
     "mell": ("mell", {}, 1e-5),
-    "best-fit, no moves": ("best-fit", {"consolidate": False}, 1e-5),
     "best-fit": ("best-fit", {}, 1e-5),
+    "best-fit + drain": ("best-fit", {"consolidate": True}, 1e-5),
     "first-fit": ("first-fit", {}, 1e-5),
     "worst-fit": ("worst-fit", {}, 1e-5),
     "llumnix": ("llumnix", {}, 1e-5),
@@ -75,6 +75,7 @@ def run(case: Case, name: str, args: argparse.Namespace) -> dict[str, Any]:
         params=params,
         decode_tokens_per_s=DECODE,
         epoch_tokens=args.epoch_tokens,
+        report_tokens=args.report_tokens,
         migration_price=price,
         copies=case.copies,
         measure_from_share=0.03,
@@ -88,6 +89,7 @@ def run(case: Case, name: str, args: argparse.Namespace) -> dict[str, Any]:
         "f": case.factor,
         "run": name,
         "epoch_tokens": args.epoch_tokens,
+        "report_tokens": args.report_tokens,
         "seconds": args.seconds,
         "seed": args.seed,
         "gpu_tokens": case.gpu_tokens,
@@ -159,6 +161,7 @@ def main() -> None:
         "--seconds", type=float, default=600.0, help="of each trace, from its start"
     )
     parser.add_argument("--epoch-tokens", type=int, default=16)
+    parser.add_argument("--report-tokens", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--factors", default=",".join(map(str, FACTORS)))
     parser.add_argument("--runs", default=";".join(RUNS), help="names, separated by ';'")
@@ -166,7 +169,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=None, help="Markdown file to write")
     args = parser.parse_args()
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
-    setting = ("epoch_tokens", "seconds", "seed")
+    setting = ("epoch_tokens", "report_tokens", "seconds", "seed")
     if args.results.exists():
         for line in args.results.read_text().splitlines():
             row = json.loads(line)

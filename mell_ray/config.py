@@ -97,6 +97,12 @@ class DeploymentConfig(_Strict):
     max_ongoing_requests: int | None = Field(
         default=None, ge=1, description="Requests placed on one replica; default: no limit but KV."
     )
+    tpot_target_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Time per output token beyond which a replica is full: nothing more is packed "
+        "onto one whose predicted step takes longer.",
+    )
 
 
 class LLMConfig(_Strict):
@@ -129,6 +135,22 @@ class MigrationConfig(_Strict):
     timeout_s: float = Field(
         default=30.0, gt=0, description="A migration not committed by then is aborted."
     )
+    link_gb_per_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="First guess of the bandwidth between replicas; corrected by what is measured.",
+    )
+    prefill_tokens_per_s: float = Field(
+        default=8000.0,
+        gt=0,
+        description="First guess of a replica's prefill speed; corrected by what is measured.",
+    )
+    price_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPU-seconds that moving one token costs; default: the time it takes, as "
+        "learnt. 0: pack as tightly as possible, whatever moves that takes.",
+    )
 
 
 class FleetConfig(_Strict):
@@ -136,6 +158,10 @@ class FleetConfig(_Strict):
         default=10.0, ge=0, description="An empty replica above the minimum is released after it."
     )
     spare_gpus: int = Field(default=0, ge=0, description="Empty replicas kept ready.")
+    forecast: bool = Field(
+        default=False,
+        description="Open replicas ahead of demand, as its course and their start-up time suggest.",
+    )
     startup_timeout_s: float = Field(default=600.0, gt=0)
     replica_lease_s: float = Field(
         default=30.0,

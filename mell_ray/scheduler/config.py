@@ -16,6 +16,7 @@ class ModelLimits:
     min_gpus: int = 1
     max_gpus: int = 1
     capacity: int | None = None  # expected of a GPU that is still to come; None: not known
+    tpot_limit_s: float | None = None  # a GPU is full when its predicted step takes that long
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_gpus <= self.max_gpus:
@@ -42,21 +43,21 @@ class SchedulerConfig:
     spare_gpus: int = 0  # empty GPUs kept ready, per model
     idle_grace_s: float = 10.0  # how long a superfluous empty GPU stays
     startup_s: float = 0.0  # expected; learnt from GPUs that come
-    forecast: bool = False  # open GPUs ahead of demand, by its growth over one start-up time
-    forecast_quantile_z: float = 1.0  # how cautious the forecast is, in standard deviations
+    forecast: bool = False  # keep GPUs ready ahead of demand, as ``forecast`` finds
+    forecast_shortage: float = 0.005  # share of demand that may wait for a GPU to start
     migration_enabled: bool = True
     max_migrations_in_flight: int = 1 << 30
-    migration_mode: str = "auto"  # "auto", or always "kv" or "token"
+    migration_mode: str = "auto"  # "auto", or always "kv", "token" or "hybrid"
     migration_price: float | None = None  # GPU-seconds per moved unit; None: from ``cost``
     cost: CostConfig = field(default_factory=CostConfig)
-    tpot_limit_s: float | None = None  # a GPU is full when its predicted step takes that long
 
     def __post_init__(self) -> None:
         if self.growth_per_tick < 0:
             raise ValueError(f"growth_per_tick must be at least 0, not {self.growth_per_tick}")
         if self.tokens_per_unit < 1:
             raise ValueError(f"tokens_per_unit must be at least 1, not {self.tokens_per_unit}")
-        if self.migration_mode not in ("auto", "kv", "token"):
+        if self.migration_mode not in ("auto", "kv", "token", "hybrid"):
             raise ValueError(
-                f"migration_mode must be 'auto', 'kv' or 'token', not {self.migration_mode!r}"
+                "migration_mode must be 'auto', 'kv', 'token' or 'hybrid', not "
+                f"{self.migration_mode!r}"
             )

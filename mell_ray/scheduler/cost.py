@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mell_ray.scheduler.events import MigrationMode
+from mell_ray.scheduler.events import MigrationDone, MigrationMode
 
 if TYPE_CHECKING:
     from mell_ray.scheduler.state import Gpu
@@ -60,16 +60,21 @@ class _Rate:
 
 
 class CostModel:
-    """Estimates per pair of nodes (KV) and per GPU (prefill)."""
+    """Estimates of one model, per pair of nodes (KV) and per GPU (prefill)."""
 
     def __init__(self, config: CostConfig, tokens_per_unit: int, forced: str = "auto") -> None:
         self._config = config
+        self._bytes_per_token = config.bytes_per_token
         self._unit = tokens_per_unit
         self._forced = forced
         self._links: dict[tuple[str, str], _Rate] = {}
         self._any_link = _Rate(config.link_bytes_per_s)
         self._prefill: dict[str, _Rate] = {}
         self._any_prefill = _Rate(config.prefill_tokens_per_s)
+
+    def set_kv_bytes(self, per_token: int) -> None:
+        """What a token of this model really weighs."""
+        self._bytes_per_token = per_token
 
     def bandwidth(self, src: Gpu, dst: Gpu) -> float:
         """Bytes a second between the two GPUs' nodes."""
@@ -83,13 +88,13 @@ class CostModel:
         """One per mode that the driver has; ``cached`` leading tokens are at ``dst`` already."""
         config = self._config
         left = max(0, tokens - cached)
-        kv_rate = self.bandwidth(src, dst) / config.bytes_per_token
+        kv_rate = self.bandwidth(src, dst) / self._bytes_per_token
         prefill_rate = self.prefill_rate(dst)
         found = [
             Estimate("kv", config.link_latency_s + left / kv_rate, left),
             Estimate("token", left / prefill_rate, 0),
         ]
-        if config.hybrid:
+        if config.hybrid or self._forced == "hybrid":
             both = (left + config.link_latency_s * kv_rate) / (kv_rate + prefill_rate)
             if both > config.link_latency_s:
                 by_kv = round((both - config.link_latency_s) * kv_rate)
@@ -98,16 +103,24 @@ class CostModel:
 
     def choose(self, src: Gpu, dst: Gpu, size: int, cached: int = 0) -> Estimate:
         """The fastest way to move ``size`` units, ``cached`` of them at ``dst`` already; the
-        simpler way if two are equal."""
+        simpler way if two are equal. Where a mode is prescribed that one, or the fastest if it
+        cannot help here (a hybrid whose latency alone takes longer than the rest)."""
         options = self.estimates(src, dst, size * self._unit, cached * self._unit)
         allowed = [e for e in options if self._forced in ("auto", e.mode)]
-        return min(allowed, key=lambda e: e.seconds)
+        return min(allowed or options, key=lambda e: e.seconds)
 
     def price(self) -> float:
         """GPU-seconds that moving one unit costs, by the faster of KV and prefill: a moved
         request holds its memory twice for that long."""
-        kv_rate = self._any_link.value / self._config.bytes_per_token
+        kv_rate = self._any_link.value / self._bytes_per_token
         return self._unit / max(kv_rate, self._any_prefill.value)
+
+    def observe(self, src: Gpu, dst: Gpu, done: MigrationDone) -> None:
+        """Learn from a finished migration. A hybrid one says nothing of either way alone."""
+        if done.mode == "kv":
+            self.observe_kv(src, dst, done.bytes, done.seconds)
+        elif done.mode == "token":
+            self.observe_prefill(dst, done.tokens, done.seconds)
 
     def observe_kv(self, src: Gpu, dst: Gpu, moved_bytes: int, seconds: float) -> None:
         """Learn from a finished KV migration."""

@@ -63,6 +63,7 @@ class GpuReady:
     capacity: int
     node: str = ""
     max_requests: int = 1 << 30
+    kv_bytes_per_token: int | None = None  # None: as configured
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class Fleet:
         self._released = released
         self.starting: list[Starting] = []
         self.startup_s = config.startup_s
+        self.foreseen = 0  # GPUs that will be needed when one asked for now comes
+        self._short_since: float | None = None  # when what is foreseen began to be too little
         self._retry_at = float("-inf")
         self._retry_s = _FIRST_RETRY_S
 
@@ -55,10 +57,19 @@ class Fleet:
             if starting.promised + need <= capacity:
                 starting.promised += need
                 return True
-        if not self.can_grow(now):
+        if not self.can_grow(now) or self._await_forecast(now):
             return False
         self._acquire(now, out, reason).promised = need
         return True
+
+    def _await_forecast(self, now: float) -> bool:
+        """Where GPUs are opened by forecast, something that waits is no reason for one more until
+        it has waited as long as a GPU takes to start: by then most of it has found room."""
+        if not self._config.forecast or not self.total():
+            return False
+        if self._short_since is None:
+            self._short_since = now
+        return now - self._short_since < self.startup_s
 
     def _acquire(self, now: float, out: list[Decision], reason: str) -> Starting:
         starting = Starting(now)
@@ -88,25 +99,24 @@ class Fleet:
         for need in needs:
             self.want(need, now, out, "demand")
 
-    def adjust(self, now: float, busy: bool, out: list[Decision], ahead: int = 0) -> None:
-        """Keep the minimum, the spares and what is expected ``ahead``; give back the rest.
+    def adjust(self, now: float, busy: bool, out: list[Decision]) -> None:
+        """Keep the minimum, the spares and what is foreseen; give back the rest.
 
         ``busy``: requests wait, so nothing that could take them is given back.
         """
+        if not busy:
+            self._short_since = None
         idle = self._idle(now, out)
         unpromised = sum(not s.promised for s in self.starting)
-        spares = self._config.spare_gpus + ahead
-        while self.can_grow(now) and (
-            self.total() < self._pool.limits.min_gpus or len(idle) + unpromised < spares
-        ):
-            self._acquire(
-                now, out, "minimum" if self.total() < self._pool.limits.min_gpus else "spare"
-            )
+        least = max(self._pool.limits.min_gpus, self.foreseen)
+        spares = self._config.spare_gpus
+        while self.can_grow(now) and (self.total() < least or len(idle) + unpromised < spares):
+            self._acquire(now, out, "minimum" if self.total() < least else "spare")
             unpromised += 1
         if busy:
             return
         idle.sort(key=lambda g: (self._pool.by_node.get(g.node, 0), g.idle_since, -g.slot))
-        surplus = min(len(idle) + unpromised - spares, self.total() - self._pool.limits.min_gpus)
+        surplus = min(len(idle) + unpromised - spares, self.total() - least)
         for gpu in idle[: max(0, surplus)]:
             assert gpu.idle_since is not None
             if now - gpu.idle_since >= self._config.idle_grace_s:
@@ -116,7 +126,7 @@ class Fleet:
         """GPUs that have just become empty and need not wait for the next tick."""
         limits, config = self._pool.limits, self._config
         for gpu in list(self._pool.emptied):
-            surplus = not (busy or config.idle_grace_s or config.spare_gpus)
+            surplus = not (busy or config.idle_grace_s or config.spare_gpus or config.forecast)
             surplus = surplus and self.total() > limits.min_gpus and gpu.state == "ready"
             if gpu.empty and (surplus or gpu.state == "draining"):
                 self._release(gpu, out)

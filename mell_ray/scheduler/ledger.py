@@ -9,6 +9,7 @@ from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import Decision, Preempt
 from mell_ray.scheduler.execution import Executor
 from mell_ray.scheduler.fleet import Fleet
+from mell_ray.scheduler.forecast import Forecast
 from mell_ray.scheduler.policies import Context, Policy
 from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import OVERTAKE_LIMIT, WaitingLine
@@ -31,20 +32,21 @@ class Ledger:
         model: str,
         limits: ModelLimits,
         config: SchedulerConfig,
-        cost: CostModel,
         known: dict[str, Gpu],
     ) -> None:
         self.config = config
-        self.cost = cost
+        self.cost = CostModel(config.cost, config.tokens_per_unit, config.migration_mode)
         self.pool = Pool(model, limits, known)
         self.line = WaitingLine()
         self.prefixes: PrefixIndex[Gpu] = PrefixIndex(config.units_per_prefix_block)
         self.fleet = Fleet(self.pool, config, self._forget)
-        self.executor = Executor(self.pool, self.line, config, cost, self.prefixes)
+        self.executor = Executor(self.pool, self.line, config, self.cost, self.prefixes)
         self._priorities: dict[int, int] = {}  # priority: requests that have it
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
-        self._last_tick: float | None = None
+        self._last_plan: float | None = None
+        self._ended = False  # requests have, since the last report
         self._quiet_until = float("-inf")
+        self._forecast = Forecast(config.forecast_shortage) if config.forecast else None
 
     def context(self, rng: Random) -> Context:
         """What a policy of this model is made with."""
@@ -52,6 +54,7 @@ class Ledger:
             pool=self.pool,
             price=self.price,
             growth=self.config.growth_per_tick,
+            kept=lambda: max(self.pool.limits.min_gpus, self.fleet.foreseen),
             may_move=self.config.migration_enabled,
             rng=rng,
         )
@@ -73,6 +76,7 @@ class Ledger:
         """The request is over, wherever it was."""
         self.line.remove(request)
         self.executor.evict(request)
+        self._ended = True
         del self.pool.requests[request.id]
         self._pending.pop(request, None)
         self._priorities[request.priority] -= 1
@@ -297,21 +301,44 @@ class Ledger:
 
     def tick(self, now: float, out: list[Decision]) -> None:
         """The planning epoch."""
-        last = self._last_tick if self._last_tick is not None else now
-        self._last_tick = now
         self._give_up_stale()
         self.pool.freed = True
         self.settle(out)
+        self.fleet.foreseen = self._foresee(now)
         self.fleet.renew_promises(self._unplaced(), now, out)
         self.fit(now, out)
         for gpu in self.pool.gpus.values():
             if gpu.state == "draining":
                 self._evacuate(gpu, now, out)
+        self._plan(now)
+        self.settle(out)
+        self.fleet.adjust(now, bool(len(self.line)), out)
+
+    def ebb(self, now: float, out: list[Decision]) -> None:
+        """After a report: where requests have ended, the policy need not wait for the epoch."""
+        if self._ended and self.policy.eager:
+            self._plan(now)
+            self.settle(out)
+        self._ended = False
+
+    def _plan(self, now: float) -> None:
+        """Let the policy move requests that run."""
+        last = self._last_plan if self._last_plan is not None else now
+        self._last_plan = now
         quiet = now < self._quiet_until or len(self.line)
         if self.config.migration_enabled and not quiet:
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
-        self.settle(out)
-        self.fleet.adjust(now, bool(len(self.line)), out)
+
+    def _foresee(self, now: float) -> int:
+        """GPUs to have, as far as it can be foreseen; 0 without a forecast."""
+        if self._forecast is None:
+            return 0
+        waiting = sum(self._unplaced())
+        total = waiting + sum(gpu.load for gpu in self.pool.gpus.values())
+        if self.pool.capacity:
+            needed = total / self.pool.capacity
+            self._forecast.observe(now, needed, waiting / max(1, total), self.fleet.startup_s)
+        return self._forecast.target()
 
     def _unplaced(self) -> list[int]:
         return [r.need for r in self.line if r.plan is None]

@@ -10,7 +10,6 @@ from typing import Any
 from mell_ray.scheduler.bounds import lower_bound
 from mell_ray.scheduler.checks import check_scheduler
 from mell_ray.scheduler.config import ModelLimits, SchedulerConfig
-from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import (
     AcquireFailed,
     Adopt,
@@ -70,7 +69,6 @@ class Scheduler:
         ConfigError: unknown policy, or a setting that it does not have.
         """
         self.config = config
-        self.cost = CostModel(config.cost, config.tokens_per_unit, config.migration_mode)
         self.ignored = 0
         self._rng = Random(seed)
         self._order = 0
@@ -80,7 +78,7 @@ class Scheduler:
         self._out: list[Decision] = []
         self._now = 0.0
         for model, limits in config.models.items():
-            self._ledgers[model] = Ledger(model, limits, config, self.cost, self._gpus)
+            self._ledgers[model] = Ledger(model, limits, config, self._gpus)
         self.policy_name = ""
         self.set_policy(config.policy, config.params)
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -242,6 +240,7 @@ class Scheduler:
         for ledger in self._ledgers.values():
             ledger.fit(self._now, self._out)
             ledger.settle(self._out)
+            ledger.ebb(self._now, self._out)
 
     def _resize(self, request: Request, size: int) -> None:
         """A change of size that is not plain: at its limit, waiting, or on its way."""
@@ -279,8 +278,11 @@ class Scheduler:
             self.ignored += 1
             return
         gpu = Gpu(event.gpu, ledger.pool, event.capacity, event.node, event.max_requests)
-        if self.config.tpot_limit_s is not None:
-            gpu.steps = StepTimeModel(self.config.tpot_limit_s, self.config.tokens_per_unit)
+        tpot_limit_s = ledger.pool.limits.tpot_limit_s
+        if tpot_limit_s is not None:
+            gpu.steps = StepTimeModel(tpot_limit_s, self.config.tokens_per_unit)
+        if event.kv_bytes_per_token is not None:
+            ledger.cost.set_kv_bytes(event.kv_bytes_per_token)
         ledger.fleet.arrived(self._now)
         ledger.pool.add(gpu)
         ledger.fit(self._now, self._out)
@@ -364,11 +366,8 @@ class Scheduler:
             return
         assert request.gpu is not None
         assert request.dst is not None
-        if event.mode == "kv":
-            self.cost.observe_kv(request.gpu, request.dst, event.bytes, event.seconds)
-        elif event.mode == "token":
-            self.cost.observe_prefill(request.dst, event.tokens, event.seconds)
         ledger = self._ledgers[request.pool.model]
+        ledger.cost.observe(request.gpu, request.dst, event)
         ledger.executor.arrived(request)
         ledger.settle(self._out)
 

@@ -283,6 +283,21 @@ class Pool:
             position += 1
         return None
 
+    def roomiest(self, request: Request, but: int, reserve: int) -> Gpu | None:
+        """The GPU in use with the most room after the ``but`` emptiest ones, if the request fits
+        there with ``reserve`` to spare."""
+        least = max(request.need + reserve, 1) << SLOT_BITS
+        for key in reversed(self.keys):
+            if key < least:
+                return None
+            gpu = self.at(key)
+            if not gpu.requests:
+                continue
+            but -= 1
+            if but < 0 and gpu is not request.plan and gpu.id not in request.exclude:
+                return gpu
+        return None
+
     def emptiest(self, count: int) -> list[Gpu]:
         """Up to ``count`` GPUs that have requests, most planned room first."""
         found: list[Gpu] = []

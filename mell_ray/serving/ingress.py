@@ -29,6 +29,7 @@ from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
 from mell_ray.serving.page import HEADERS, PageData, status_page
+from mell_ray.serving.prefix import cacheable_block_size
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.runner import Job, Runner, check_fits
 from mell_ray.serving.service import Prepared, ServedModel, Service
@@ -91,7 +92,8 @@ class Ingress:
         tracer = make_tracer(config.mell.observability.tracing, "ingress")
         for name in names:
             recorder.start_from_zero(name)
-        self._runner = Runner(namespace, uuid.uuid4().hex, self._router, names, recorder, tracer)
+        blocks = {llm.model_id: cacheable_block_size(llm) for llm in config.llm_configs}
+        self._runner = Runner(namespace, uuid.uuid4().hex, self._router, blocks, recorder, tracer)
         loop = asyncio.get_running_loop()
         models = [
             await loop.run_in_executor(None, _served_model, llm) for llm in config.llm_configs

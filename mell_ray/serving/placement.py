@@ -108,6 +108,7 @@ class Placement:
                 size=size,
                 max_size=max_blocks,
                 priority=request.priority,
+                prefix=request.prefix,
             )
         )
         limit = self._core.settings.max_queued_requests

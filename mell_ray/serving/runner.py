@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,6 +24,7 @@ from mell_ray.observability.requests import FLUSH_S, RequestMeter
 from mell_ray.observability.spans import ChoiceSpan
 from mell_ray.observability.tracing import Tracer
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
+from mell_ray.serving.prefix import prompt_prefix
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.track import Accepted, Track
@@ -65,14 +66,14 @@ class Job:
 
 
 class Runner:
-    """All requests of one ingress, for the models named."""
+    """All requests of one ingress; ``block_sizes`` of the prefix cache of each model, 0: none."""
 
     def __init__(
         self,
         namespace: str,
         ingress_id: str,
         router: RouterClient,
-        models: Iterable[str],
+        block_sizes: Mapping[str, int],
         recorder: Recorder,
         tracer: Tracer | None,
     ) -> None:
@@ -81,7 +82,8 @@ class Runner:
         self._router = router
         self._live: dict[str, Live] = {}
         self._links = ReplicaLinks(namespace, ingress_id, self._on_item, self._on_lost)
-        self._meter = RequestMeter(recorder, models, self._tell)
+        self._block_sizes = block_sizes
+        self._meter = RequestMeter(recorder, block_sizes, self._tell)
         self._telling: asyncio.Task[None] | None = None
         self._links.spawn(self._flush_meter())
 
@@ -139,6 +141,8 @@ class Runner:
     async def _start(self, live: Live, lost: str | None) -> None:
         """Get a place and bring the request there, with all tokens received so far."""
         job, track = live.job, live.track
+        block_size = self._block_sizes[job.model_id]
+        prefix = prompt_prefix(job.model_id, job.prompt_token_ids, block_size)
         while True:
             lease = await self._router.place(
                 PlaceRequest(
@@ -151,6 +155,7 @@ class Runner:
                     generation=track.generation,
                     lost_replica=lost,
                     traceparent=live.span.traceparent,
+                    prefix=prefix,
                 )
             )
             track.take_over(lease.replica_id, lease.generation)

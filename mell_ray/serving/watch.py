@@ -148,6 +148,7 @@ class Watch:
                 capacity=info.capacity_blocks,
                 node=info.node_id,
                 max_requests=min(info.max_num_seqs, limit or info.max_num_seqs),
+                kv_bytes_per_token=info.block_nbytes // info.block_size,
             )
         )
         self._core.spawn(self._follow(replica))

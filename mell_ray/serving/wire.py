@@ -150,3 +150,4 @@ class PlaceRequest:
     arrival_s: float = 0.0  # 0: now
     lost_replica: str | None = None  # the owner that failed, when this is a recovery
     traceparent: str = ""  # W3C context of the request's span; "": not traced
+    prefix: tuple[bytes, ...] = ()  # chained hashes of its first full blocks, for placement

@@ -84,6 +84,24 @@ EpochOption = Annotated[
         rich_help_panel=_FLEET,
     ),
 ]
+ReportOption = Annotated[
+    int,
+    typer.Option(
+        metavar="TOKENS",
+        min=1,
+        help="Tokens a request decodes between reports of its growth; a GPU keeps that much free "
+        "for each. At most an epoch.",
+        rich_help_panel=_FLEET,
+    ),
+]
+ForecastOption = Annotated[
+    bool,
+    typer.Option(
+        "--forecast",
+        help="Keep GPUs ready ahead of demand, as the scheduler forecasts it.",
+        rich_help_panel=_FLEET,
+    ),
+]
 NodeOption = Annotated[
     int,
     typer.Option(

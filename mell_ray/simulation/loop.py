@@ -85,6 +85,7 @@ def scheduler_config(options: SimOptions) -> SchedulerConfig:
         spare_gpus=options.spare_gpus,
         idle_grace_s=options.idle_grace_s,
         startup_s=options.startup_s,
+        forecast=options.forecast,
         migration_price=options.migration_price,
         migration_mode="auto" if options.prefill_tokens_per_s else "kv",
         cost=cost,
@@ -166,6 +167,7 @@ class Simulation:
         if plan:
             self._happen(Tick())
         self._do(self.meter.timed(self.scheduler.relieve, now))
+        self._settle()
         waiting = [r.size for r in self._live.values() if not r.gpu]
         self.meter.sample(
             now,
@@ -186,7 +188,7 @@ class Simulation:
         ended: list[_Live] = []
         sizes: dict[str, int] = {}
         for id, live in self._running.items():
-            made = int((now - live.since) * rate + 0.01)  # rounded: reports are exact multiples
+            made = int((now - live.since) * rate + 1e-6)  # reports are at exact multiples
             if made <= 0:
                 continue
             size = live.base + made
@@ -226,6 +228,9 @@ class Simulation:
     def _happen(self, event: Event) -> None:
         """The scheduler learns of an event; all that follows from it at once is done."""
         self._todo.append(event)
+        self._settle()
+
+    def _settle(self) -> None:
         while self._todo:
             event = self._todo.popleft()
             if isinstance(event, MigrationDone) and not self._moved(event):

@@ -30,9 +30,10 @@ class SimOptions:
     params: Mapping[str, Any] = field(default_factory=dict)  # the policy's own settings
     decode_tokens_per_s: float = 30.0  # per request, constant
     epoch_tokens: int = 16  # decoded tokens between two planning ticks
-    report_tokens: int | None = None  # between two reports of growth, ends, arrivals; None: epoch
+    report_tokens: int = 4  # between two reports of growth, ends, arrivals; at most an epoch
     migration_price: float = 1e-5  # GPU-seconds that one migrated token costs
     startup_s: float = 0.0  # from asking for a GPU until it takes requests; billed
+    forecast: bool = False  # keep GPUs ready ahead of demand, as the scheduler forecasts it
     spare_gpus: int = 0  # empty GPUs kept ready
     idle_grace_s: float = 0.0  # how long an empty GPU stays before it is given back
     min_gpus: int = 0
@@ -52,7 +53,7 @@ class SimOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("gpu_tokens", "epoch_tokens", "gpus_per_node"):
+        for name in ("gpu_tokens", "epoch_tokens", "report_tokens", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("decode_tokens_per_s", "time_compression", "copies"):
@@ -66,8 +67,7 @@ class SimOptions:
     @property
     def growth_tokens(self) -> int:
         """What a request grows between two reports."""
-        report = self.report_tokens or self.epoch_tokens
-        return max(1, min(report, self.epoch_tokens))
+        return min(self.report_tokens, self.epoch_tokens)
 
     @property
     def report_s(self) -> float:

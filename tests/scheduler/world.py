@@ -203,9 +203,10 @@ def make_world(
     instant_gpus: bool = True,
     instant_moves: bool = True,
     seed: int = 0,
+    tpot_limit_s: float | None = None,
     **settings: Any,
 ) -> World:
-    limits = ModelLimits(min_gpus, max_gpus, CAPACITY)
+    limits = ModelLimits(min_gpus, max_gpus, CAPACITY, tpot_limit_s)
     settings.setdefault("idle_grace_s", 0.0)
     settings.setdefault("tokens_per_unit", 1)
     settings.setdefault("models", {"m": limits})

@@ -18,6 +18,7 @@ class Context:
     pool: Pool
     price: Callable[[], float]  # GPU-seconds that moving one unit costs now
     growth: int  # what one running request may grow until the next tick
+    kept: Callable[[], int]  # GPUs that are not given back, whether they are used or not
     may_move: bool  # migration is enabled
     rng: Random
 
@@ -37,6 +38,7 @@ class Policy:
 
     name: ClassVar[str]
     Params: ClassVar[type] = NoParams
+    eager: ClassVar[bool] = False  # ``tick`` also at reports after requests have ended
 
     def __init__(self, context: Context, params: Mapping[str, Any]) -> None:
         self.context = context
@@ -81,7 +83,8 @@ class Policy:
         return self.place(request)
 
     def tick(self, elapsed_s: float) -> None:
-        """Once per planning epoch: voluntary moves. The default makes none."""
+        """Voluntary moves, once per planning epoch, ``elapsed_s`` after the last time. The default
+        makes none."""
 
 
 def parse_params(name: str, kind: type, params: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Best fit, and its consolidating form (best fit + drain).
+"""Best fit; with ``consolidate`` its consolidating form (best fit + drain).
 
 Places each request on the GPU with the least room that suffices. An overfull GPU gives up the
 smallest request that suffices. With ``consolidate`` the emptiest GPU is emptied as a whole when it
@@ -24,7 +24,7 @@ from mell_ray.scheduler.state import Gpu, Request
 
 @dataclass(frozen=True)
 class BestFitParams:
-    consolidate: bool = True
+    consolidate: bool = False
     below: float = 0.5  # share of its capacity under which a GPU is drained
     patience_s: float = 10.0  # how long it must have been emptier than that
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 _WINDOW_TICKS = 64
-_HALVING = 0.025  # share of a GPU that, kept free, halves what overflows
+_HALVING = 0.01  # share of a GPU that, kept free, halves what overflows
 
 
 class Headroom:
     """Little headroom makes growing requests overflow and move; much of it leaves memory unused.
 
-    What overflows falls with the headroom h about as 1 / (h0 + h), h0 = 2.5 % of a GPU, and a share
+    What overflows falls with the headroom h about as 1 / (h0 + h), h0 = 1 % of a GPU, and a share
     h kept free costs about h / 2 of the GPUs, because what it absorbs is use, too (both measured on
     the traces of ``load_tests/scheduler_matrix.md``). The sum of both costs is least where the
     price of what overflows equals (h0 + h) / 2 of the GPU-seconds; the control moves there, in

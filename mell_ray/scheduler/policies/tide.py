@@ -1,8 +1,9 @@
 """TIDE, the default: pack tightly, pay for voluntary moves out of what idle GPUs have cost.
 
-Placement is best fit with headroom; a request that fits nowhere may displace a smaller one before a
-GPU is opened. Growth that no longer fits sheds the smallest sufficient request. Once an epoch whole
-GPUs are emptied, best fit decreasing with up to two ejections, paid out of a *bank*: the
+Placement is best fit with headroom, or even where GPUs hold many small requests; a request that
+fits nowhere may displace smaller ones before a GPU is opened. Growth that no longer fits sheds the
+smallest sufficient request. Once an epoch, and at each report after requests have ended, whole GPUs
+are emptied, best fit decreasing with up to two chains of ejections, paid out of a *bank*: the
 GPU-seconds that superfluous GPUs have cost so far, divided by the price of a moved unit (ski
 rental). The headroom that growth needs is found by feedback.
 
@@ -10,11 +11,13 @@ Guarantees:
 
 * Migration budget: price x units moved by consolidation <= integral of superfluous GPUs over time,
   by construction (``Tide.spent <= Tide.earned``). Superfluous are the most GPUs whose load fits
-  into the room of the others. So consolidation never spends more than idling has already cost.
+  into the room of the others, but no GPU that is kept anyway. So consolidation never spends more
+  than idling has already cost.
 * At price 0 and with requests of at most e x C each: if the emptiest GPU cannot be emptied, every
   other has less than e x C free under its headroom H, so GPUs < sum / ((1 - e) C - H) + 1.
-* Per operation: an arrival plans at most one move besides its own placement. An emptied GPU moves
-  all of its own requests and at most two others, and none if any of its requests has no place.
+* Per operation: an arrival, or a shed request, displaces at most ``chain`` (2) requests. An emptied
+  GPU moves all of its own requests and at most 2 x ``chain`` others, and none at all if any of its
+  requests has no place.
 * Headroom settles where more of it would cost as much as it saves in moves, under the law stated in
   ``headroom``.
 
@@ -37,6 +40,7 @@ from mell_ray.scheduler.policies.eject import Search, make_way
 from mell_ray.scheduler.policies.headroom import Headroom
 from mell_ray.scheduler.state import Gpu, Request
 
+_FINE = 16  # a small request needs less than a GPU's capacity over that
 _MAX_WAYS = 2  # chains of ejections per emptied GPU
 
 
@@ -44,6 +48,7 @@ _MAX_WAYS = 2  # chains of ejections per emptied GPU
 class TideParams:
     headroom: float | None = None  # share of the capacity kept free for growth; None: found
     price: float | None = None  # GPU-seconds per moved unit; None: from the cost model
+    level_from: float = 64.0  # requests per GPU from which small ones are spread evenly
     candidates: int = 8  # emptiest GPUs considered for emptying or for making room
     eject_candidates: int = 32  # emptiest GPUs considered for an ejection
     chain: int = 2  # longest chain of ejections
@@ -61,6 +66,7 @@ class TideParams:
 class Tide(Policy):
     name = "tide"
     Params = TideParams
+    eager = True
     params: TideParams
 
     def __init__(self, context: Context, params: Mapping[str, Any]) -> None:
@@ -69,6 +75,8 @@ class Tide(Policy):
         self.earned = 0.0  # integral of superfluous GPUs
         self.spent = 0.0  # price x units moved by consolidation
         self.headroom = Headroom(self.params.headroom)
+        self._superfluous_now = 0  # at the last tick
+        self._fine_grained = False  # whether GPUs hold many requests, at the last tick
         self._hopeless = -1, 0  # (state of the pool, need) for which no way was found
 
     def price(self) -> float:
@@ -79,12 +87,30 @@ class Tide(Policy):
 
     def place(self, request: Request) -> Gpu | None:
         pool = self.pool
-        gpu = pool.best_fit(request, self.headroom.units, used=True)
+        gpu = self._fit(request)
         if gpu is None and self.headroom.units:
             gpu = pool.best_fit(request, used=True)
-        if gpu is None and self.context.may_move:
+        if gpu is None and self.context.may_move and not self._idle_for_free():
             gpu = self._make_room(request, "make-room")
         return gpu if gpu is not None else pool.best_fit(request)
+
+    def _fit(self, request: Request) -> Gpu | None:
+        """Best fit with headroom; where requests are many and small, the emptiest GPU but the last
+        few instead.
+
+        Small requests leave no gaps wherever they are. Filling one GPU to the brim with them
+        would only make growth overflow there; filling all alike but those that are to be emptied
+        next does not.
+        """
+        if self._fine_grained and request.need * _FINE < self.pool.capacity:
+            gpu = self.pool.roomiest(request, self._superfluous_now + 1, self.headroom.units)
+            if gpu is not None:
+                return gpu
+        return self.pool.best_fit(request, self.headroom.units, used=True)
+
+    def _idle_for_free(self) -> bool:
+        """Whether GPUs stand idle that are paid for anyway: filling one costs nothing."""
+        return len(self.pool.used()) < min(self.context.kept(), len(self.pool.keys))
 
     def _make_room(self, request: Request, reason: str) -> Gpu | None:
         """Displace smaller requests if that is worth a GPU not opened; returns where there is
@@ -124,7 +150,7 @@ class Tide(Policy):
         first = bisect_left(gpu.movable_needs(), -gpu.room())
         enough = movable[first : first + 6] or movable[-1:]
         for victim in enough:
-            target = self.pool.best_fit(victim, self.headroom.units, used=True)
+            target = self._fit(victim)
             if target is not None:
                 return victim, target
         victim = enough[0]
@@ -139,7 +165,10 @@ class Tide(Policy):
         used = self.pool.used()
         capacity = self.pool.capacity
         self.headroom.tick(elapsed_s, len(used), capacity, self.price())
-        superfluous = self._superfluous(used)
+        requests = sum(len(gpu.requests) for gpu in used)
+        self._fine_grained = requests >= self.params.level_from * max(1, len(used))
+        superfluous = min(self._superfluous(used), max(0, len(used) - self.context.kept()))
+        self._superfluous_now = superfluous
         if not superfluous:
             self.bank = 0.0
             return

@@ -1,0 +1,94 @@
+"""Migration cost: which way is faster, and what is learnt from finished migrations."""
+
+from __future__ import annotations
+
+import pytest
+
+from mell_ray.scheduler import CostConfig, ModelLimits
+from mell_ray.scheduler.cost import CostModel
+from mell_ray.scheduler.state import Gpu, Pool
+
+POOL = Pool("m", ModelLimits(0, 4), {})
+SRC = Gpu("a", POOL, 1000, "node-1", 100)
+DST = Gpu("b", POOL, 1000, "node-2", 100)
+CONFIG = CostConfig(
+    bytes_per_token=100, link_bytes_per_s=1e6, link_latency_s=0.01, prefill_tokens_per_s=5000
+)
+
+
+def model(**changes: object) -> CostModel:
+    return CostModel(CostConfig(**{**CONFIG.__dict__, **changes}), tokens_per_unit=1)
+
+
+def test_kv_is_chosen_where_the_link_is_faster_than_prefill() -> None:
+    chosen = model().choose(SRC, DST, 2000)
+    assert chosen.mode == "kv"
+    assert chosen.seconds == pytest.approx(0.01 + 2000 * 100 / 1e6)
+    assert model(link_bytes_per_s=1e5).choose(SRC, DST, 2000).mode == "token"
+
+
+def test_short_requests_go_as_tokens_where_latency_dominates() -> None:
+    slow_start = model(link_latency_s=1.0)
+    assert slow_start.choose(SRC, DST, 100).mode == "token"
+    assert slow_start.choose(SRC, DST, 100_000).mode == "kv"
+
+
+def test_cached_prefix_makes_both_ways_cheaper() -> None:
+    cost = model(link_bytes_per_s=4e5)
+    assert cost.choose(SRC, DST, 2000).mode == "token"
+    assert cost.choose(SRC, DST, 2000, cached=1500).seconds == pytest.approx(0.1)
+    assert cost.choose(SRC, DST, 2000, cached=3000).seconds == 0.0
+
+
+def test_hybrid_splits_so_that_both_ends_finish_together() -> None:
+    options = {e.mode: e for e in model(hybrid=True).estimates(SRC, DST, 4000)}
+    hybrid = options["hybrid"]
+    by_kv = 0.01 + hybrid.kv_tokens / 1e4
+    by_prefill = (4000 - hybrid.kv_tokens) / 5000
+    assert by_kv == pytest.approx(by_prefill, rel=1e-3)
+    assert hybrid.seconds == pytest.approx(by_kv, rel=1e-3)
+    assert hybrid.seconds < min(options["kv"].seconds, options["token"].seconds)
+
+
+def test_mode_can_be_forced() -> None:
+    cost = CostModel(CONFIG, 1, "token")
+    assert cost.choose(SRC, DST, 2000).mode == "token"
+
+
+def test_observations_move_the_estimates_to_the_truth() -> None:
+    cost = model()
+    for _ in range(40):
+        cost.observe_kv(SRC, DST, 200_000, 0.01 + 200_000 / 5e6)
+        cost.observe_prefill(DST, 2000, 2000 / 20_000)
+    assert cost.bandwidth(SRC, DST) == pytest.approx(5e6, rel=0.02)
+    assert cost.prefill_rate(DST) == pytest.approx(20_000, rel=0.02)
+    assert cost.price() == pytest.approx(1 / 5e4, rel=0.05)
+
+
+def test_a_link_never_seen_is_judged_by_the_others() -> None:
+    cost = model()
+    for _ in range(40):
+        cost.observe_kv(SRC, DST, 200_000, 0.01 + 200_000 / 5e6)
+    assert cost.bandwidth(DST, SRC) == pytest.approx(5e6, rel=0.05)
+
+
+def test_one_odd_observation_does_not_throw_the_estimate() -> None:
+    cost = model()
+    for _ in range(40):
+        cost.observe_kv(SRC, DST, 200_000, 0.01 + 0.2)
+    before = cost.bandwidth(SRC, DST)
+    cost.observe_kv(SRC, DST, 200_000, 60.0)
+    assert cost.bandwidth(SRC, DST) > before / 2
+    cost.observe_kv(SRC, DST, 0, 0.0)
+    cost.observe_prefill(DST, 0, 1.0)
+    assert cost.bandwidth(SRC, DST) > before / 2
+
+
+def test_a_gpu_that_is_gone_is_forgotten() -> None:
+    cost = model()
+    for _ in range(40):
+        cost.observe_prefill(DST, 2000, 2000 / 500)
+        cost.observe_prefill(SRC, 2000, 2000 / 5000)
+    assert cost.prefill_rate(DST) == pytest.approx(500, rel=0.05)
+    cost.forget(DST)
+    assert cost.prefill_rate(DST) > 1000
