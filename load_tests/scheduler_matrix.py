@@ -141,6 +141,8 @@ def table(results: list[dict[str, Any]]) -> str:
         rows = [found[(*key, n)] for n in names]
         cells = " | ".join(f"{r['ratio']:.3f} / {r['recourse']:.2f}" for r in rows)
         lines.append(f"| {key[0]}, {key[1]} | {rows[0]['bound']:.1f} | {cells} |")
+    if not set(TIDE_AT.values()) <= set(names):
+        return "\n".join(lines) + "\n"
     lines += ["", "### Each case: J(1e-5) and J(1e-4), `tide` run at that price", ""]
     others = [n for n in names if not n.startswith("tide")]
     lines += ["| trace, f | tide | " + " | ".join(others) + " |", "|---" * (len(others) + 2) + "|"]

@@ -52,6 +52,7 @@ class Mell(Policy):
     name = "mell"
     Params = MellParams
     params: MellParams
+    eager = True
 
     def __init__(self, context: Context, params: Mapping[str, Any]) -> None:
         super().__init__(context, params)
