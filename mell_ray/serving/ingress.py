@@ -23,9 +23,10 @@ from mell_ray.config import LLMConfig, MellConfig
 from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, OverloadedError
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.tracing import TRACEPARENT, make_tracer
-from mell_ray.openai.errors import error_body
+from mell_ray.openai.errors import error_body, error_headers
 from mell_ray.openai.response import model_list, sse_error
 from mell_ray.serving.fleet import replica_namespace
+from mell_ray.serving.guard import Guard, GuardMiddleware
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
 from mell_ray.serving.page import HEADERS, PageData, status_page
@@ -42,14 +43,12 @@ PATIENCE_S = 1.0
 BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 app = FastAPI(title="mell-ray", docs_url="/docs", redoc_url=None)
+app.add_middleware(GuardMiddleware)
 
 
 @app.exception_handler(MellError)
 async def _mell_error(_: Request, error: MellError) -> JSONResponse:
-    headers = {}
-    if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    return JSONResponse(error_body(error), error.status_code, headers)
+    return JSONResponse(error_body(error), error.status_code, error_headers(error))
 
 
 @app.exception_handler(HTTPException)
@@ -85,6 +84,7 @@ class Ingress:
 
     async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(config.mell.log_level)
+        self.guard = Guard(config.mell.auth, config.mell.ingress)
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)
         names = [llm.model_id for llm in config.llm_configs]
