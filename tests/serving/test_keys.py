@@ -99,7 +99,7 @@ def test_a_long_body_is_answered_413_told_or_counted(app: App) -> None:
 
 def test_requests_above_the_keys_limit_are_answered_429(app: App) -> None:
     url = f"{app.url}/v1/completions"
-    long = body(max_tokens=400, ignore_eos=True, stream=True)
+    long = body(max_tokens=4000, ignore_eos=True, stream=True)
 
     async def run() -> tuple[httpx.Response, httpx.Response]:
         async with httpx.AsyncClient(timeout=60) as client:
