@@ -283,6 +283,7 @@ def _storage() -> dict[str, Schema]:
                 "keep": FLAG,
             }
         ),
+        "apiKeys": obj({"clientsSecret": TEXT, "operatorsSecret": TEXT}),
         "huggingFace": obj({"tokenSecret": SECRET, "offline": FLAG}),
     }
 

@@ -189,6 +189,44 @@ class IngressConfig(_Strict):
     default_max_tokens: int = Field(
         default=256, ge=1, description="Output limit of a request that names none."
     )
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1, description="A longer request body is answered 413."
+    )
+    max_concurrent_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests of one API key that an ingress replica runs at once; more are "
+        "answered 429. Default: no limit.",
+    )
+
+
+class KeySource(_Strict):
+    """Where a list of API keys is. The keys themselves never stand in a configuration."""
+
+    files: list[str] = Field(
+        default_factory=list,
+        description="Files that hold one key a line ('#' begins a comment), or directories of "
+        "such files, like a mounted secret. Read again when they change.",
+    )
+    env: list[str] = Field(
+        default_factory=list,
+        description="Environment variables that hold one key, or several with commas between.",
+    )
+
+    @property
+    def given(self) -> bool:
+        return bool(self.files or self.env)
+
+
+class AuthConfig(_Strict):
+    """API keys, sent as ``Authorization: Bearer KEY``. Without any, everybody may call."""
+
+    clients: KeySource = Field(default=KeySource(), description="Keys for the whole HTTP API.")
+    operators: KeySource = Field(
+        default=KeySource(),
+        description="Keys that open the operator API (/mell/v1) too, which clients' keys then "
+        "do not.",
+    )
 
 
 class TracingConfig(_Strict):
@@ -228,6 +266,7 @@ class MellSettings(_Strict):
     migration: MigrationConfig = MigrationConfig()
     fleet: FleetConfig = FleetConfig()
     ingress: IngressConfig = IngressConfig()
+    auth: AuthConfig = AuthConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     epoch_s: float = Field(default=0.25, gt=0, description="Planning tick of the Router.")
     max_queued_requests: int = Field(
@@ -242,6 +281,12 @@ class MellSettings(_Strict):
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _limit_needs_keys(self) -> MellSettings:
+        if self.ingress.max_concurrent_per_key is not None and not self.auth.clients.given:
+            raise ValueError("ingress.max_concurrent_per_key needs keys in auth.clients")
+        return self
 
 
 class MellConfig(_Strict):

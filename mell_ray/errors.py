@@ -53,6 +53,26 @@ class ModelNotFoundError(MellError):
     error_type = "invalid_request_error"
 
 
+class AuthenticationError(MellError):
+    """No API key, or one that does not open this path."""
+
+    status_code = 401
+    error_type = "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
+class RequestTooLargeError(MellError):
+    """The request body is longer than the server takes."""
+
+    status_code = 413
+    error_type = "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="request_too_large")
+
+
 class NotFoundError(MellError):
     """An operator call names a request or replica that does not exist (any more)."""
 
@@ -75,6 +95,17 @@ class OverloadedError(MellError):
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, code="overloaded")
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(MellError):
+    """The caller has as many requests running as its key allows."""
+
+    status_code = 429
+    error_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
         self.retry_after_s = retry_after_s
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ def test_config_is_valid_and_builds(path: Path) -> None:
     for application in schema.applications:
         assert application.import_path == "mell_ray.serving:build_openai_app"
         build_openai_app(application.args)
+
+
+def test_every_config_is_described() -> None:
+    readme = (ROOT / "deployments" / "README.md").read_text()
+    assert {path.name for path in CONFIGS} == set(re.findall(r"^\| `(\S+)`", readme, re.M))
+    assert {"local", "local-multi-model", "single-gpu", "node-8gpu", "cluster"} <= {
+        path.stem for path in CONFIGS
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_devices_are_those_of_the_name(path: Path) -> None:
+    local = path.name.startswith("local")
+    for llm in arguments(path)["llm_configs"]:
+        assert llm["accelerator_type"] == ("CPU" if local else "GPU")
+        assert (llm["model_loading_config"]["model_source"] == "builtin") is local
 
 
 def test_packaged_default_is_the_local_deployment() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from mell_ray.errors import InvalidRequestError, MellError, ServerError
+from mell_ray.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    MellError,
+    OverloadedError,
+    RateLimitError,
+    ServerError,
+)
 
 _MAX_SHOWN = 10**20
 _SHOWN = 3  # faults named in one message; clients fix them one by one anyway
@@ -32,6 +39,15 @@ def error_body(error: BaseException) -> dict[str, Any]:
             "code": error.code,
         }
     }
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    """Headers that tell the client what to do about an error."""
+    if isinstance(error, OverloadedError | RateLimitError):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": "Bearer"}
+    return {}
 
 
 def from_validation_error(error: ValidationErrors) -> InvalidRequestError:

@@ -25,6 +25,7 @@ from mell_ray.errors import ConfigError, MellError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 POLL_S = 0.5
+KEY_VARIABLE = "MELL_API_KEY"
 
 UrlOption = Annotated[str, typer.Option(help="Address of the server.")]
 
@@ -215,7 +216,13 @@ def _announce(child: subprocess.Popen[bytes], settings: dict[str, Any]) -> None:
     while child.poll() is None:
         try:
             models = _call(url, "/v1/models")["data"]
-        except MellError:
+        except MellError as error:
+            if error.code == "401":
+                typer.echo(
+                    f"\nmell-ray serves at {url}/v1, with the API keys of its configuration. "
+                    f"Put one into {KEY_VARIABLE} for `mell-ray status`."
+                )
+                return
             time.sleep(POLL_S)
             continue
         typer.echo(_next_steps(url, models[0]["id"]))
@@ -272,12 +279,14 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
 
 
 def _call(url: str, path: str, method: str = "GET") -> Any:
-    """One operator call.
+    """One operator call, with the key in ``MELL_API_KEY`` where there is one.
 
     Raises:
         MellError: nobody answers, or the server's own message.
     """
-    request = urllib.request.Request(url.rstrip("/") + path, method=method)
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url.rstrip("/") + path, headers=headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
@@ -286,6 +295,6 @@ def _call(url: str, path: str, method: str = "GET") -> Any:
             message = json.load(error)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = f"HTTP {error.code}"
-        raise MellError(f"{url}{path}: {message}") from None
+        raise MellError(f"{url}{path}: {message}", code=str(error.code)) from None
     except (OSError, ValueError) as error:
         raise MellError(f"no mell-ray server answers at {url} ({error})") from None

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -23,11 +23,13 @@ from mell_ray.config import LLMConfig, MellConfig
 from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, OverloadedError
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.tracing import TRACEPARENT, make_tracer
-from mell_ray.openai.errors import error_body
+from mell_ray.openai.errors import error_body, error_headers
 from mell_ray.openai.response import model_list, sse_error
 from mell_ray.serving.fleet import replica_namespace
+from mell_ray.serving.guard import Guard, GuardMiddleware
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
+from mell_ray.serving.openapi import Api, fields, generation, route
 from mell_ray.serving.page import HEADERS, PageData, status_page
 from mell_ray.serving.prefix import cacheable_block_size
 from mell_ray.serving.router_client import RouterClient
@@ -41,15 +43,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 PATIENCE_S = 1.0
 BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
-app = FastAPI(title="mell-ray", docs_url="/docs", redoc_url=None)
+app = Api(title="mell-ray", docs_url="/docs", redoc_url=None)
+app.add_middleware(GuardMiddleware)
 
 
 @app.exception_handler(MellError)
 async def _mell_error(_: Request, error: MellError) -> JSONResponse:
-    headers = {}
-    if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    return JSONResponse(error_body(error), error.status_code, headers)
+    return JSONResponse(error_body(error), error.status_code, error_headers(error))
 
 
 @app.exception_handler(HTTPException)
@@ -85,6 +85,7 @@ class Ingress:
 
     async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(config.mell.log_level)
+        self.guard = Guard(config.mell.auth, config.mell.ingress)
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)
         names = [llm.model_id for llm in config.llm_configs]
@@ -110,23 +111,23 @@ class Ingress:
 
     # --- OpenAI ----------------------------------------------------------------------------
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **route())
     async def list_models(self) -> Response:
         return JSONResponse(model_list(self._service.model_cards()))
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", **route(404))
     async def get_model(self, model_id: str) -> Response:
         return JSONResponse(self._service.model_card(model_id))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **generation("ChatCompletionRequest"))
     async def chat_completions(self, request: Request) -> Response:
         return await self._http(request, chat=True)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **generation("CompletionRequest"))
     async def text_completions(self, request: Request) -> Response:
         return await self._http(request, chat=False)
 
-    @app.get("/health")
+    @app.get("/health", **route(needs_key=False))
     async def health(self) -> Response:
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
@@ -137,24 +138,32 @@ class Ingress:
 
     # --- operator --------------------------------------------------------------------------
 
-    @app.get("/mell/v1/state")
+    @app.get("/mell/v1/state", **route())
     async def state(self) -> Response:
         return JSONResponse(await self._router.call("state"))
 
-    @app.get("/mell")
+    @app.get("/mell", **route(content_type="text/html", answer={"type": "string"}, needs_key=False))
     async def status_page(self) -> Response:
         return HTMLResponse(status_page(), headers=HEADERS)
 
-    @app.get("/mell/v1/live")
+    @app.get("/mell/v1/live", **route())
     async def live(self) -> Response:
         data = await self._page_data.get()
         return Response(data, media_type="application/json", headers={"Cache-Control": "no-store"})
 
-    @app.get("/mell/v1/migrations")
+    @app.get("/mell/v1/migrations", **route())
     async def migrations(self) -> Response:
         return JSONResponse({"migrations": await self._router.call("migrations")})
 
-    @app.post("/mell/v1/requests/{request_id}/migrate")
+    @app.post(
+        "/mell/v1/requests/{request_id}/migrate",
+        **route(
+            400,
+            404,
+            409,
+            body=fields(to={"type": ["string", "null"]}, mode={"enum": ["auto", "kv", "token"]}),
+        ),
+    )
     async def migrate(self, request_id: str, request: Request) -> Response:
         body = await _json_object(request)
         to, mode = body.get("to"), body.get("mode", "auto")
@@ -165,11 +174,14 @@ class Ingress:
             raise InvalidRequestError("'mode': must be 'kv', 'token' or 'auto'", param="mode")
         return JSONResponse(await self._router.call("migrate", request_id, to, mode))
 
-    @app.post("/mell/v1/replicas/{replica_id}/evacuate")
+    @app.post("/mell/v1/replicas/{replica_id}/evacuate", **route(404, 409, status=202))
     async def evacuate(self, replica_id: str) -> Response:
         return JSONResponse(await self._router.call("evacuate", replica_id), 202)
 
-    @app.post("/mell/v1/replicas/{replica_id}/cordon")
+    @app.post(
+        "/mell/v1/replicas/{replica_id}/cordon",
+        **route(400, 404, 409, body=fields(cordoned={"type": "boolean"})),
+    )
     async def cordon(self, replica_id: str, request: Request) -> Response:
         body = await _json_object(request)
         _refuse_unknown(body, {"cordoned"})
@@ -178,7 +190,10 @@ class Ingress:
             raise InvalidRequestError("'cordoned': must be true or false", param="cordoned")
         return JSONResponse(await self._router.call("cordon", replica_id, cordoned))
 
-    @app.post("/mell/v1/replicas")
+    @app.post(
+        "/mell/v1/replicas",
+        **route(400, 404, 409, status=202, body=fields(model={"type": ["string", "null"]})),
+    )
     async def open_replica(self, request: Request) -> Response:
         body = await _json_object(request)
         _refuse_unknown(body, {"model"})

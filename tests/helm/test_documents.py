@@ -86,12 +86,15 @@ def test_notes(tmp_path: Path) -> None:
     assert "By the Ingress: llm.example.com" in text
     assert "a100: 0 to 2, 1 GPUs each, given back after 180 s" in text
     assert "l4: 0 to 4, 1 GPUs each, given back after 60 s" in text
+    assert "Authorization: Bearer KEY" in text
+    assert "a line of Secret client-keys" in text
     assert "WARNING" not in text
 
 
 def test_notes_warn(tmp_path: Path) -> None:
     text = notes(tmp_path, None, {"rayAuth.mode": "disabled", "networkPolicy.enabled": False})
     assert text.count("WARNING") == 2
+    assert "Authorization" not in text
 
 
 class Api(http.server.BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.helm.support import (
     VALUE_SETS,
@@ -127,6 +128,27 @@ def test_secrets_are_referred_to_and_nowhere_copied() -> None:
     redis = service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisPassword"]
     assert redis["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "redis-password"}
     assert not of_kind(manifests, "Secret")
+
+
+def test_api_keys_are_mounted_where_the_serve_config_looks_for_them() -> None:
+    manifests = render(VALUE_SETS["multi-model"])
+    config = yaml.safe_load(rayservice(manifests)["spec"]["serveConfigV2"])
+    auth = config["applications"][0]["args"]["mell"]["auth"]
+    (test_pod,) = of_kind(manifests, "Pod")
+    for template in pod_templates(manifests).values():
+        for keys in ("clients", "operators"):
+            (path,) = auth[keys]["files"]
+            assert mounted_secret(template, path) == f"{keys.removesuffix('s')}-keys"
+    assert mounted_secret(test_pod, env(test_pod)["MELL_KEYS"]) == "client-keys"
+
+
+def mounted_secret(template: Manifest, path: str) -> str:
+    mounts = template["spec"]["containers"][0]["volumeMounts"]
+    (mount,) = [m for m in mounts if m["mountPath"] == path]
+    assert mount["readOnly"] is True
+    (volume,) = [v for v in template["spec"]["volumes"] if v["name"] == mount["name"]]
+    assert volume["secret"]["defaultMode"] == 0o440
+    return volume["secret"]["secretName"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_monitoring(monitored: Path) -> None:
     for name, template in pod_templates(manifests).items():
         offered = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
         assert set(ports["head" if name == "head" else "worker"]) <= offered
+
+
+@needs_crds
+def test_the_committed_rules_and_dashboards_are_taken() -> None:
+    manifests = render(VALUE_SETS["node-8gpu"])
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    validate(rule, KUBERNETES[-1])
+    (dashboards,) = of_kind(manifests, "ConfigMap")
+    assert all(json.loads(text) for text in dashboards["data"].values())
+    assert len(str(dashboards)) < 1 << 20  # what the API server takes
 
 
 def test_without_rules_or_dashboards_nothing_is_made_of_them(tmp_path: Path) -> None:

@@ -61,6 +61,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"huggingFace.tokenSecret": {"name": ""}}, "tokenSecret"),
     ({"huggingFace.tokenSecret": {"name": "s", "keys": "k"}}, "keys"),
     ({"gcsFaultTolerance.passwordSecret": {"key": "p"}}, "passwordSecret"),
+    ({"apiKeys.clientSecret": "s"}, "clientSecret"),
+    ({"apiKeys.clientsSecret": {"name": "s"}}, "clientsSecret"),
+    ({"serve.mell.auth": {"clients": {"keys": ["secret"]}}}, "keys"),
+    ({"serve.mell.ingress": {"max_body_bytes": 0}}, "max_body_bytes"),
     ({"imagePullSecrets": ["name"]}, "imagePullSecrets"),
     # what the operator refuses
     ({"workerGroups.gpu.minReplicas": 9}, r"minReplicas \(9\) exceeds maxReplicas \(4\)"),

@@ -101,3 +101,15 @@ annotations:
 {{- $ingress := .Values.serve.mell.ingress | default dict -}}
 {{- hasKey $ingress "drain_s" | ternary $ingress.drain_s 20 | ceil | int -}}
 {{- end -}}
+
+{{/* Secrets with API keys, as YAML {clients: …, operators: …}, and where pods find them. */}}
+{{- define "mell-ray.keySecrets" -}}
+{{- $secrets := dict -}}
+{{- with .Values.apiKeys.clientsSecret }}{{ $_ := set $secrets "clients" . }}{{ end -}}
+{{- with .Values.apiKeys.operatorsSecret }}{{ $_ := set $secrets "operators" . }}{{ end -}}
+{{- toYaml $secrets -}}
+{{- end -}}
+
+{{- define "mell-ray.keysPath" -}}
+/etc/mell-ray/keys
+{{- end -}}

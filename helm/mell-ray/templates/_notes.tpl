@@ -13,6 +13,9 @@ Once its condition Ready is True, it serves {{ join ", " $models }}:
   kubectl --namespace {{ .Release.Namespace }} port-forward service/{{ $service }} 8000
   curl http://127.0.0.1:8000{{ $prefix }}/v1/chat/completions \
     -H 'Content-Type: application/json' \
+    {{- if .Values.apiKeys.clientsSecret }}
+    -H 'Authorization: Bearer KEY' \
+    {{- end }}
     -d '{"model": "{{ first $models }}", "messages": [{"role": "user", "content": "Hello"}]}'
 
 Within the cluster: http://{{ $service }}.{{ .Release.Namespace }}:8000{{ $prefix }}/v1
@@ -23,6 +26,9 @@ By the Ingress: {{ .host }}
 By the HTTPRoute: {{ . }}
 {{- end }}
 
+{{- if .Values.apiKeys.clientsSecret }}
+KEY is a line of Secret {{ .Values.apiKeys.clientsSecret }}; `mell-ray status` takes it from MELL_API_KEY.
+{{ end }}
 See which request runs on which GPU:
 
   mell-ray status --url http://127.0.0.1:8000{{ $prefix }}

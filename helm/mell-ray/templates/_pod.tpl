@@ -43,6 +43,9 @@ goes before what the chart sets, and a group's before everybody's. */}}
 {{- $_ := set $cache "persistentVolumeClaim" (dict "claimName" (include "mell-ray.modelCacheClaim" .root)) -}}
 {{- end -}}
 {{- $volumes := list (dict "name" "tmp" "emptyDir" dict) $cache -}}
+{{- range $list, $secret := include "mell-ray.keySecrets" .root | fromYaml -}}
+{{- $volumes = append $volumes (include "mell-ray.keyVolume" (list $list $secret) | fromYaml) -}}
+{{- end -}}
 {{- toYaml (concat $volumes $values.volumes (.group.volumes | default list)) -}}
 {{- end -}}
 
@@ -51,7 +54,19 @@ goes before what the chart sets, and a group's before everybody's. */}}
 {{- $mounts := list
   (dict "name" "tmp" "mountPath" "/tmp")
   (dict "name" "models" "mountPath" $values.modelCache.mountPath) -}}
+{{- range $list, $secret := include "mell-ray.keySecrets" .root | fromYaml -}}
+{{- $path := printf "%s/%s" (include "mell-ray.keysPath" $.root) $list -}}
+{{- $mounts = append $mounts (dict "name" (printf "keys-%s" $list) "mountPath" $path "readOnly" true) -}}
+{{- end -}}
 {{- toYaml (concat $mounts $values.volumeMounts (.group.volumeMounts | default list)) -}}
+{{- end -}}
+
+{{/* The volume of a list of API keys: list name secret. Only the pod's group may read it. */}}
+{{- define "mell-ray.keyVolume" -}}
+name: {{ printf "keys-%s" (index . 0) }}
+secret:
+  secretName: {{ index . 1 }}
+  defaultMode: 0440
 {{- end -}}
 
 {{/* A pod template: dict "root" $ "group" {…} "component" head|worker "ports" […] "grace" seconds

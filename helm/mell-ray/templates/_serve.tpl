@@ -2,6 +2,12 @@
 {{- define "mell-ray.serveConfig" -}}
 {{- $values := .Values.serve -}}
 {{- $mell := deepCopy $values.mell -}}
+{{- range $list, $secret := include "mell-ray.keySecrets" . | fromYaml -}}
+{{- $auth := $mell.auth | default dict -}}
+{{- $source := get $auth $list | default dict -}}
+{{- $files := append ($source.files | default list) (printf "%s/%s" (include "mell-ray.keysPath" $) $list) -}}
+{{- $_ := set $mell "auth" (set $auth $list (set $source "files" $files)) -}}
+{{- end -}}
 {{- $application := dict
   "name" $values.appName
   "route_prefix" $values.routePrefix
