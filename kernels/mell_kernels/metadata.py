@@ -22,4 +22,5 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor  # [T] int64, block * block_size + offset
     max_seqlen_q: int
     max_seqlen_k: int
+    num_decodes: int = 0  # leading sequences that have one query each
     plan: Any = None  # what a device prepares once a step; None until then

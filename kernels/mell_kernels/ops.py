@@ -3,16 +3,24 @@
 All take the block-major pool ``[num_blocks, num_layers, planes, block_size, num_kv_heads,
 head_dim]``. With two planes they are keys and values. With one plane what it holds is key and value
 at once, as the latent of multi-head latent attention is. A pool may also hold int8 (``int8``).
+
+Triton is imported where its kernels are first needed, so a CPU needs no Triton.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mell_kernels import cpu
+from mell_kernels import cpu, cpu_sampling
 from mell_kernels.cpu import Workspace
 from mell_kernels.int8 import Int8Plan, Int8Pool
 from mell_kernels.metadata import AttentionMetadata
+from mell_kernels.rows import SamplingRows
+
+
+def _has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels run on ``tensor``; all other devices get plain torch."""
+    return tensor.is_cuda
 
 
 def prepare(pool: torch.Tensor | Int8Pool, meta: AttentionMetadata, workspace: Workspace) -> None:
@@ -21,7 +29,12 @@ def prepare(pool: torch.Tensor | Int8Pool, meta: AttentionMetadata, workspace: W
         meta.plan = plan = pool.plan(meta)
         prepare(plan.floats, plan.meta, workspace)
         return
-    meta.plan = cpu.CpuPlan(pool, meta, workspace)
+    if _has_kernels(pool):
+        from mell_kernels import gpu
+
+        meta.plan = gpu.plan(pool, meta)
+    else:
+        meta.plan = cpu.CpuPlan(pool, meta, workspace)
 
 
 def write_kv(
@@ -36,7 +49,12 @@ def write_kv(
     if isinstance(pool, Int8Pool):
         pool.write(layer, key, value, meta.plan)
         return
-    cpu.write_kv(pool, layer, key, value, meta.plan)
+    if _has_kernels(pool):
+        from mell_kernels import gpu
+
+        gpu.write_kv(pool, layer, key, value, meta)
+    else:
+        cpu.write_kv(pool, layer, key, value, meta.plan)
 
 
 def paged_attention(
@@ -74,6 +92,12 @@ def paged_attention(
             softcap=softcap,
             sinks=sinks,
         )
+    if _has_kernels(pool):
+        from mell_kernels import gpu
+
+        return gpu.paged_attention(
+            query, pool, layer, meta, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     return cpu.paged_attention(
         query, pool, layer, meta.plan, scale=scale, window=window, softcap=softcap, sinks=sinks
     )
@@ -81,9 +105,33 @@ def paged_attention(
 
 def gather_blocks(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     """The bytes of whole blocks, one after the other: 1-D uint8, contiguous."""
+    if _has_kernels(pool):
+        from mell_kernels import triton_copies
+
+        return triton_copies.gather_blocks(pool, block_ids)
     return cpu.gather_blocks(pool, block_ids)
 
 
 def scatter_blocks(pool: torch.Tensor, block_ids: torch.Tensor, data: torch.Tensor) -> None:
-    """The inverse of ``gather_blocks``."""
-    cpu.scatter_blocks(pool, block_ids, data)
+    """The inverse of ``gather_blocks``; ``block_ids`` are all different."""
+    if _has_kernels(pool):
+        from mell_kernels import triton_copies
+
+        triton_copies.scatter_blocks(pool, block_ids, data)
+    else:
+        cpu.scatter_blocks(pool, block_ids, data)
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Draw one token per row, ``[R]`` int64; -1 where no logit is finite or one is NaN or infinite.
+
+    The noise of a token is the same on every device; see ``sampling``. Does not change ``logits``.
+
+    Args:
+        logits: ``[R, V]`` float32.
+    """
+    if _has_kernels(logits):
+        from mell_kernels import triton_sampling
+
+        return triton_sampling.sample(logits, rows)
+    return cpu_sampling.sample(logits, rows)

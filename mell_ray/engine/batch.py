@@ -9,6 +9,7 @@ import torch
 from mell_kernels.metadata import AttentionMetadata
 
 from mell_ray.engine.sequence import Sequence
+from mell_ray.engine.transfer import to_device
 
 Chunk = tuple[Sequence, int]
 
@@ -64,6 +65,7 @@ class BatchBuilder:
                 slot_mapping=self._send(blocks * self._block_size + positions % self._block_size),
                 max_seqlen_q=int(lengths.max()),
                 max_seqlen_k=int(ends.max()),
+                num_decodes=_leading_ones(lengths),
             ),
             num_resident_tokens=int(ends.sum()),
         )
@@ -86,4 +88,9 @@ class BatchBuilder:
         return np.array(ids, dtype=np.int64)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(torch.from_numpy(array), self._device)
+
+
+def _leading_ones(lengths: np.ndarray) -> int:
+    longer = np.flatnonzero(lengths != 1)
+    return int(longer[0]) if len(longer) else len(lengths)

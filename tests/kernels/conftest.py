@@ -1,0 +1,51 @@
+"""Where a kernel's check runs: under the Triton interpreter on a CPU, or on a CUDA device.
+
+``TRITON_INTERPRET`` counts when a kernel is decorated, and Triton's own library is decorated when
+Triton is imported. So the interpreter gets a process of its own, and whatever else runs in this one
+sees no difference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+Run = Callable[..., None]
+
+
+def _ready() -> None:
+    torch.set_num_threads(1)
+    import triton
+
+    assert triton.knobs.runtime.interpret
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Run]:
+    """``interpreter(check, *args)`` runs ``check(*args)``, a module-level function, there."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            pool.submit(_ready).result()
+        finally:
+            del os.environ["TRITON_INTERPRET"]
+        yield lambda check, *args: pool.submit(check, *args).result()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Run:
+    """``run(check, *args)``: ``check(device, *args)``, which fails if a kernel is wrong."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return lambda check, *args: check("cuda", *args)
+    params = request.node.callspec.params
+    if params.get("dtype") == "bfloat16":
+        pytest.skip("the interpreter's bfloat16 is wrong without a word; checked on a device")
+    interpreted = request.getfixturevalue("interpreter")
+    return lambda check, *args: interpreted(check, "cpu", *args)
