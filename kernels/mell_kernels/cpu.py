@@ -21,7 +21,22 @@ from mell_kernels.metadata import AttentionMetadata
 
 # Decodes are grouped while their gathered KV fits into a typical L2 cache and at least half of it
 # is not padding.
-_GROUP_BYTES = 1 << 20
+_GROUP_BYTES = 2 << 20
+
+
+class PoolViews:
+    """A pool as matrices, once per layer. Each begins where its layer does, so that one set of row
+    numbers, those of layer 0, is right for all layers."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        _, layers, self.planes, self.block_size, self.kv_heads, self.head_dim = pool.shape
+        self.pool = pool
+        self.num_layers = layers
+        blocks = pool.view(-1, self.block_size * self.kv_heads * self.head_dim)
+        tokens = pool.view(-1, self.kv_heads * self.head_dim)
+        self.block_rows = [blocks[i * self.planes :] for i in range(layers)]
+        stride = self.planes * self.block_size
+        self.token_rows = [tokens[i * stride :] for i in range(layers)]
 
 
 class Workspace:
@@ -30,6 +45,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
+        self._views: PoolViews | None = None
+
+    def views(self, pool: torch.Tensor) -> PoolViews:
+        if self._views is None or self._views.pool is not pool:
+            self._views = PoolViews(pool)
+        return self._views
 
     def like(self, count: int, source: torch.Tensor) -> torch.Tensor:
         """``[count, source.shape[1]]`` of uninitialised memory."""
@@ -46,11 +67,11 @@ class Workspace:
 class _Single(NamedTuple):
     """One sequence of the batch; its KV is gathered block by block."""
 
+    rows: torch.Tensor  # of the layer's blocks: those of K, then of V where there are planes for it
+    gathered: torch.Tensor  # workspace for those rows
+    kv: torch.Tensor  # [planes, keys, Hk, D], what of ``gathered`` is in reach
     q_start: int
     q_end: int
-    num_rows: int  # of the gathered matrix: K blocks, then V blocks where there are planes for both
-    skip: int  # gathered tokens before the first key in reach
-    num_keys: int
     mask: torch.Tensor | None  # [q, keys] to add, where causality alone does not say it
     is_causal: bool
 
@@ -59,40 +80,41 @@ class _Group(NamedTuple):
     """Several decodes at once; their KV is gathered token by token. A shorter one is padded with
     its own last token, so that nothing stale and nothing of a neighbour can reach its softmax."""
 
-    tokens: torch.Tensor  # [G] rows of the batch
-    num_keys: int  # of the longest
+    rows: torch.Tensor  # of the layer's tokens: those of K, then of V where there are planes for it
+    gathered: torch.Tensor  # workspace for those rows
+    keys: torch.Tensor  # [G, Hk, keys, D] in ``gathered``, as are the values
+    values: torch.Tensor
     mask: torch.Tensor  # [G, 1, 1, keys] to add
+    tokens: torch.Tensor | None  # [G] rows of the batch; None: all of them, in order
 
 
 class _WindowPlan(NamedTuple):
     singles: list[_Single]
-    single_rows: list[tuple[torch.Tensor, ...]]  # per layer, per sequence
     groups: list[_Group]
-    group_rows: list[tuple[torch.Tensor, ...]]  # per layer, per group
 
 
 class CpuPlan:
     """What is the same in all layers of a step, computed once."""
 
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
-        _, layers, planes, block_size, kv_heads, head_dim = pool.shape
-        self.workspace = workspace
-        self.block_rows = pool.view(-1, block_size * kv_heads * head_dim)
-        self.token_rows = pool.view(-1, kv_heads * head_dim)
-        self._layers = layers
-        self._planes = planes
-        self._block_size = block_size
+        self.views = views = workspace.views(pool)
+        self._workspace = workspace
+        self._device = pool.device
+        self._block_size = views.block_size
+        self._block_stride = views.num_layers * views.planes  # rows from a block to the next
         self._cu_seqlens = meta.cu_seqlens_q.tolist()
         self._seq_lens = meta.seq_lens.tolist()
         self._tables = meta.block_tables.cpu().numpy()
         self._windows: dict[int | None, _WindowPlan] = {}
         slots = meta.slot_mapping.cpu().numpy()
-        first = (slots // block_size) * (planes * layers * block_size) + slots % block_size
-        steps = np.arange(planes * layers, dtype=np.int64)[:, None] * block_size
-        self.write_rows = self._send(first[None, :] + steps).unbind(0)
+        block, offset = np.divmod(slots, self._block_size)
+        first = block * (self._block_stride * self._block_size) + offset
+        self.write_rows = [
+            self._send(first + plane * self._block_size) for plane in range(views.planes)
+        ]
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.block_rows.device)
+        return torch.from_numpy(array).to(self._device)
 
     def window(self, window: int | None) -> _WindowPlan:
         plan = self._windows.get(window)
@@ -103,22 +125,10 @@ class CpuPlan:
     def _build(self, window: int | None) -> _WindowPlan:
         grouped = self._grouped(window)
         alone = set(range(len(self._seq_lens))).difference(*grouped)
-        singles = [self._single(i, window) for i in sorted(alone)]
-        groups = [self._group(members, window) for members in grouped]
         return _WindowPlan(
-            [single for single, _ in singles],
-            self._per_layer([rows for _, rows in singles], self._planes),
-            [group for group, _ in groups],
-            self._per_layer([rows for _, rows in groups], self._planes * self._block_size),
+            [self._single(i, window) for i in sorted(alone)],
+            [self._group(members, window) for members in grouped],
         )
-
-    def _per_layer(self, rows: list[np.ndarray], stride: int) -> list[tuple[torch.Tensor, ...]]:
-        """``rows`` are those of layer 0; every layer's are ``stride`` further."""
-        if not rows:
-            return [()] * self._layers
-        steps = np.arange(self._layers, dtype=np.int64)[:, None] * stride
-        matrix = self._send(np.concatenate(rows)[None, :] + steps)
-        return [row.split([len(part) for part in rows]) for row in matrix.unbind(0)]
 
     def _first_key(self, i: int, window: int | None) -> int:
         q_len = self._cu_seqlens[i + 1] - self._cu_seqlens[i]
@@ -132,8 +142,8 @@ class CpuPlan:
             for i in range(len(self._seq_lens))
             if self._cu_seqlens[i + 1] - self._cu_seqlens[i] == 1
         ]
-        token_bytes = self._planes * self.token_rows.shape[1] * self.token_rows.itemsize
-        limit = _GROUP_BYTES // token_bytes
+        token = self.views.token_rows[0]
+        limit = _GROUP_BYTES // (self.views.planes * token.shape[1] * token.itemsize)
         groups: list[list[int]] = []
         shortest = 0
         for num_keys, i in sorted(decodes):
@@ -143,10 +153,10 @@ class CpuPlan:
             else:
                 groups.append([i])
                 shortest = num_keys
-        return [group for group in groups if len(group) > 1]
+        return [sorted(group) for group in groups if len(group) > 1]
 
-    def _group(self, members: list[int], window: int | None) -> tuple[_Group, np.ndarray]:
-        block_size = self._block_size
+    def _group(self, members: list[int], window: int | None) -> _Group:
+        views, block_size = self.views, self._block_size
         starts = np.array([self._first_key(i, window) for i in members])
         ends = np.array([self._seq_lens[i] for i in members])
         num_keys = int((ends - starts).max())
@@ -154,42 +164,45 @@ class CpuPlan:
         inside = positions < ends[:, None]
         positions = np.minimum(positions, ends[:, None] - 1)
         blocks = self._tables[np.array(members)[:, None], positions // block_size].astype(np.int64)
-        keys = blocks * (self._planes * self._layers * block_size) + positions % block_size
-        keys = keys.reshape(-1)
+        keys = blocks * (self._block_stride * block_size) + positions % block_size
+        rows = self._each_plane(keys.reshape(-1), block_size)
+        gathered = self._workspace.like(rows.numel(), views.token_rows[0])
+        shape = (views.planes, len(members), num_keys, views.kv_heads, views.head_dim)
+        kv = gathered.view(shape).transpose(2, 3)
         mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
-        group = _Group(
-            tokens=self._send(np.array([self._cu_seqlens[i] for i in members])),
-            num_keys=num_keys,
-            mask=self._send(mask).to(self.token_rows.dtype),
+        whole = len(members) == self._cu_seqlens[-1]
+        return _Group(
+            rows,
+            gathered,
+            *_keys_values(kv),
+            mask=self._send(mask).to(gathered.dtype),
+            tokens=None if whole else self._send(np.array([self._cu_seqlens[i] for i in members])),
         )
-        return group, self._each_plane(keys, block_size)
 
-    def _single(self, i: int, window: int | None) -> tuple[_Single, np.ndarray]:
+    def _single(self, i: int, window: int | None) -> _Single:
+        views = self.views
         q_start, q_end = self._cu_seqlens[i], self._cu_seqlens[i + 1]
         q_len, kv_len = q_end - q_start, self._seq_lens[i]
         first_query, first_key = kv_len - q_len, self._first_key(i, window)
         first_block = first_key // self._block_size
         last_block = -(-kv_len // self._block_size)
         table = self._tables[i, first_block:last_block].astype(np.int64)
-        table *= self._planes * self._layers
+        rows = self._each_plane(table * self._block_stride, 1)
+        gathered = self._workspace.like(rows.numel(), views.block_rows[0])
+        # What the first and last block hold outside the span is cut off.
+        skip = first_key - first_block * self._block_size
+        kv = gathered.view(views.planes, -1, views.kv_heads, views.head_dim)
         windowed = window is not None and kv_len > window and q_len > 1
         is_causal = q_len > 1 and first_query == 0 and not windowed
         mask = None
         if q_len > 1 and not is_causal:
-            mask = _chunk_mask(first_query, first_key, kv_len, window, self.token_rows)
-        single = _Single(
-            q_start,
-            q_end,
-            num_rows=self._planes * len(table),
-            skip=first_key - first_block * self._block_size,
-            num_keys=kv_len - first_key,
-            mask=mask,
-            is_causal=is_causal,
-        )
-        return single, self._each_plane(table, 1)
+            mask = _chunk_mask(first_query, first_key, kv_len, window, gathered)
+        kv = kv[:, skip : skip + kv_len - first_key]
+        return _Single(rows, gathered, kv, q_start, q_end, mask, is_causal)
 
-    def _each_plane(self, rows: np.ndarray, stride: int) -> np.ndarray:
-        return np.concatenate([rows + plane * stride for plane in range(self._planes)])
+    def _each_plane(self, rows: np.ndarray, stride: int) -> torch.Tensor:
+        planes = [rows + plane * stride for plane in range(self.views.planes)]
+        return self._send(np.concatenate(planes))
 
 
 def _chunk_mask(
@@ -207,11 +220,10 @@ def _chunk_mask(
 def write_kv(
     pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor | None, plan: CpuPlan
 ) -> None:
-    num_tokens, planes = key.shape[0], pool.shape[2]
-    rows = pool.view(-1, key.shape[1] * key.shape[2])  # one per (block, layer, plane, offset)
-    rows.index_copy_(0, plan.write_rows[planes * layer], key.reshape(num_tokens, -1))
+    rows, width = plan.views.token_rows[layer], pool.shape[4] * pool.shape[5]
+    rows.index_copy_(0, plan.write_rows[0], key.reshape(-1, width))
     if value is not None:
-        rows.index_copy_(0, plan.write_rows[planes * layer + 1], value.reshape(num_tokens, -1))
+        rows.index_copy_(0, plan.write_rows[1], value.reshape(-1, width))
 
 
 def paged_attention(
@@ -225,44 +237,59 @@ def paged_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    _, _, planes, _, kv_heads, head_dim = pool.shape
-    num_tokens, heads, _ = query.shape
-    group = heads // kv_heads
-    grouped = query.view(num_tokens, kv_heads, group, head_dim)
-    output = query.new_empty(grouped.shape)
+    views, kv_heads = plan.views, pool.shape[4]
+    num_tokens, heads, head_dim = query.shape
+    # The heads that share a KV head are its query rows.
+    grouped = query.view(num_tokens, kv_heads, heads // kv_heads, head_dim)
     if sinks is not None:
-        sinks = sinks.float().view(kv_heads, group)
+        sinks = sinks.float().view(grouped.shape[1:3])
     work = plan.window(window)
-    for single, rows in zip(work.singles, work.single_rows[layer], strict=True):
-        gathered = plan.workspace.like(single.num_rows, plan.block_rows)
-        torch.index_select(plan.block_rows, 0, rows, out=gathered)
-        # [planes, keys, Hk, D]; what the first and last block hold outside the span is cut off.
-        kv = gathered.view(planes, -1, kv_heads, head_dim)
-        kv = kv[:, single.skip : single.skip + single.num_keys]
+    output = query.new_empty(grouped.shape)
+    for single in work.singles:
         q = grouped[single.q_start : single.q_end]
-        out = output[single.q_start : single.q_end]
-        if softcap is not None or sinks is not None:
-            out.copy_(_chunk_by_hand(q, kv, single, scale, softcap, sinks))
-        elif single.q_end - single.q_start == 1:
-            keys, values = _keys_values(kv.transpose(1, 2)[:, None])
-            out.copy_(scaled_dot_product_attention(q, keys, values, scale=scale))
+        result = _sequence(q, views.block_rows[layer], single, scale, softcap, sinks)
+        output[single.q_start : single.q_end].copy_(result)
+    for many in work.groups:
+        rows = views.token_rows[layer]
+        if many.tokens is None:
+            output = _decodes(grouped, rows, many, scale, softcap, sinks)
         else:
-            out.copy_(_chunk(q, kv, single, scale))
-    for many, rows in zip(work.groups, work.group_rows[layer], strict=True):
-        num_rows = planes * len(many.tokens) * many.num_keys
-        gathered = plan.workspace.like(num_rows, plan.token_rows)
-        torch.index_select(plan.token_rows, 0, rows, out=gathered)
-        kv = gathered.view(planes, len(many.tokens), many.num_keys, kv_heads, head_dim)
-        keys, values = _keys_values(kv.transpose(2, 3))  # [G, Hk, keys, D]
-        # The heads that share a KV head are its query rows.
-        q = grouped.index_select(0, many.tokens)
-        if softcap is not None or sinks is not None:
-            sink = None if sinks is None else sinks.expand(len(many.tokens), -1, -1)
-            result = _by_hand(q, keys, values, many.mask, scale, softcap, sink)
-        else:
-            result = scaled_dot_product_attention(q, keys, values, many.mask, scale=scale)
-        output.index_copy_(0, many.tokens, result)
-    return output.view(num_tokens, heads, head_dim)
+            q = grouped.index_select(0, many.tokens)
+            result = _decodes(q, rows, many, scale, softcap, sinks)
+            output.index_copy_(0, many.tokens, result)
+    return output.reshape(query.shape)
+
+
+def _decodes(
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    many: _Group,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    torch.index_select(rows, 0, many.rows, out=many.gathered)
+    if softcap is not None or sinks is not None:
+        sink = None if sinks is None else sinks.expand(q.shape[0], -1, -1)
+        return _by_hand(q, many.keys, many.values, many.mask, scale, softcap, sink)
+    return scaled_dot_product_attention(q, many.keys, many.values, many.mask, scale=scale)
+
+
+def _sequence(
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    single: _Single,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    torch.index_select(rows, 0, single.rows, out=single.gathered)
+    if softcap is not None or sinks is not None:
+        return _chunk_by_hand(q, single, scale, softcap, sinks)
+    if q.shape[0] > 1:
+        return _chunk(q, single, scale)
+    keys, values = _keys_values(single.kv.transpose(1, 2)[:, None])
+    return scaled_dot_product_attention(q, keys, values, scale=scale)
 
 
 def _keys_values(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,9 +297,9 @@ def _keys_values(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return planes[0], planes[-1]
 
 
-def _chunk(q: torch.Tensor, kv: torch.Tensor, single: _Single, scale: float) -> torch.Tensor:
+def _chunk(q: torch.Tensor, single: _Single, scale: float) -> torch.Tensor:
     """KV heads stand in the batch dimension; their groups read the same keys through stride 0."""
-    expanded = kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
+    expanded = single.kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
     keys, values = _keys_values(expanded)
     result = scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
@@ -287,7 +314,6 @@ def _chunk(q: torch.Tensor, kv: torch.Tensor, single: _Single, scale: float) -> 
 
 def _chunk_by_hand(
     q: torch.Tensor,
-    kv: torch.Tensor,
     single: _Single,
     scale: float,
     softcap: float | None,
@@ -295,8 +321,8 @@ def _chunk_by_hand(
 ) -> torch.Tensor:
     mask = single.mask
     if single.is_causal:
-        mask = _chunk_mask(0, 0, single.num_keys, None, q)
-    keys, values = _keys_values(kv.transpose(1, 2)[:, :, None])
+        mask = _chunk_mask(0, 0, single.kv.shape[1], None, q)
+    keys, values = _keys_values(single.kv.transpose(1, 2)[:, :, None])
     sink = None if sinks is None else sinks[:, :, None].expand(-1, -1, len(q))
     result = _by_hand(q.permute(1, 2, 0, 3), keys, values, mask, scale, softcap, sink)
     return result.permute(2, 0, 1, 3)
