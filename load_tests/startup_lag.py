@@ -1,11 +1,11 @@
 """What GPUs that take time to start cost: billed GPU-seconds and demand that has to wait.
 
-    python load_tests/startup_lag.py TRACES_FOLDER [--lags 2,5,30,120] [--seconds 600]
+    python load_tests/startup_lag.py TRACES_FOLDER [--lags 2,5,30,120] [--seconds 900]
 
 The cases are those of ``scheduler_matrix.py`` with f = 0.3 and 0.8. GPUs are paid for from the
-moment they are asked for. They are opened and kept by the scheduler's forecast, which is told
-nothing of the trace and has no setting per trace. Writes one JSON line per run, which a second call
-reuses, and the table of ``startup_lag.md``.
+moment they are asked for; 25 are there at the start. They are opened and kept by the scheduler's
+forecast, which is told nothing of the trace and has no setting per trace. Writes one JSON line per
+run, which a second call reuses, and the table of the README.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scheduler_matrix import DECODE, Case, cases, geomean  # type: ignore[import-not-found]
+from scheduler_matrix import DECODE, MEAN_GPUS, Case, cases, geomean  # type: ignore[import-not-found]
 
 from mell_ray.simulation.loop import simulate
 from mell_ray.simulation.types import SimOptions
@@ -32,7 +32,8 @@ def run(case: Case, policy: str, lag: float, seconds: float) -> dict[str, Any]:
         copies=case.copies,
         startup_s=lag,
         forecast=True,
-        measure_from_share=0.2,  # the fleet starts from nothing, the forecast too
+        initial_gpus=round(MEAN_GPUS),
+        measure_from_share=0.3,  # the forecast starts from nothing
         measure_drain=False,
         seed=1,
     )
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, help="folder with CSV traces")
     parser.add_argument("--lags", default="2,5,30,120", help="start-up times in seconds")
     parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--seconds", type=float, default=600.0, help="of each trace")
+    parser.add_argument("--seconds", type=float, default=900.0, help="of each trace")
     parser.add_argument("--results", type=Path, default=Path("startup_lag.jsonl"))
     parser.add_argument("--table", type=Path, default=None, help="Markdown file to write")
     args = parser.parse_args()

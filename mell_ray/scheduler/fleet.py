@@ -10,7 +10,7 @@ from mell_ray.scheduler.state import Gpu, Pool
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
-_LOOK_BACK = 16  # of the starting GPUs, the latest that are looked at for room
+_LOOK_BACK = 16  # of the starting GPUs with promises, the latest that are looked at for room
 
 
 class Starting:
@@ -38,6 +38,7 @@ class Fleet:
         self._config = config
         self._released = released
         self.starting: list[Starting] = []
+        self._filling = 0  # the latest of them that something is promised to
         self.startup_s = config.startup_s
         self.foreseen = 0  # GPUs that will be needed when one asked for now comes
         self._short_since: float | None = None  # when what is foreseen began to be too little
@@ -53,13 +54,18 @@ class Fleet:
     def want(self, need: int, now: float, out: list[Decision], reason: str) -> bool:
         """See to it that a GPU comes on which ``need`` fits; False: none can."""
         capacity = self._pool.capacity or need
-        for starting in self.starting[-_LOOK_BACK:]:
-            if starting.promised + need <= capacity:
-                starting.promised += need
-                return True
+        while True:
+            for starting in self.starting[max(0, self._filling - _LOOK_BACK) : self._filling + 1]:
+                if starting.promised + need <= capacity:
+                    starting.promised += need
+                    return True
+            if self._filling + 1 >= len(self.starting):
+                break
+            self._filling += 1
         if not self.can_grow(now) or self._await_forecast(now):
             return False
         self._acquire(now, out, reason).promised = need
+        self._filling = len(self.starting) - 1
         return True
 
     def _await_forecast(self, now: float) -> bool:
@@ -80,7 +86,7 @@ class Fleet:
     def arrived(self, now: float) -> None:
         """A GPU is ready; the one asked for first counts as come."""
         if self.starting:
-            took = now - self.starting.pop(0).since
+            took = now - self._first().since
             self.startup_s += 0.3 * (took - self.startup_s)
         self._retry_s = _FIRST_RETRY_S
         self._retry_at = float("-inf")
@@ -88,14 +94,20 @@ class Fleet:
     def failed(self, now: float) -> None:
         """A GPU did not come; wait before the next try, longer each time."""
         if self.starting:
-            self.starting.pop(0)
+            self._first()
         self._retry_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+
+    def _first(self) -> Starting:
+        """Takes the GPU that was asked for first off the list."""
+        self._filling = max(0, self._filling - 1)
+        return self.starting.pop(0)
 
     def renew_promises(self, needs: Iterable[int], now: float, out: list[Decision]) -> None:
         """Count anew what is waiting, and ask for the GPUs that it takes."""
         for starting in self.starting:
             starting.promised = 0
+        self._filling = 0
         for need in needs:
             self.want(need, now, out, "demand")
 

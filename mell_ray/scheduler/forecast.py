@@ -34,6 +34,7 @@ class Forecast:
         self._covariance = 0.0
         self._needed = 0.0
         self.z = 1.5
+        self.young = True  # has seen too little: what waits while an empty fleet fills says nothing
 
     def observe(self, now: float, needed: float, waiting_share: float, horizon_s: float) -> None:
         """Learn from a tick.
@@ -45,7 +46,8 @@ class Forecast:
         """
         elapsed = min(now - self._last_s, 5.0) if self._last_s is not None else 0.0
         self._last_s, self._needed = now, needed
-        if self._age_s > 30.0 + 2 * horizon_s:  # what waits while an empty fleet fills says nothing
+        self.young = self._age_s <= 30.0 + 2 * horizon_s
+        if not self.young:
             excess = min(waiting_share, 30 * self._shortage) - self._shortage
             self.z += _GAIN * elapsed / max(horizon_s, 2.0) * excess
             self.z = min(max(self.z, _Z_MIN), _Z_MAX)

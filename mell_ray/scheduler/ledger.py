@@ -330,7 +330,8 @@ class Ledger:
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
 
     def _foresee(self, now: float) -> int:
-        """GPUs to have, as far as it can be foreseen; 0 without a forecast."""
+        """GPUs to have, as far as it can be foreseen; 0 without a forecast. A forecast that has
+        seen little asks for GPUs, but gives none back."""
         if self._forecast is None:
             return 0
         waiting = sum(self._unplaced())
@@ -338,7 +339,8 @@ class Ledger:
         if self.pool.capacity:
             needed = total / self.pool.capacity
             self._forecast.observe(now, needed, waiting / max(1, total), self.fleet.startup_s)
-        return self._forecast.target()
+        target = self._forecast.target()
+        return max(target, self.fleet.total()) if self._forecast.young else target
 
     def _unplaced(self) -> list[int]:
         return [r.need for r in self.line if r.plan is None]

@@ -50,7 +50,7 @@ GraceOption = Annotated[
     typer.Option(
         metavar="SECONDS",
         min=0,
-        help="Seconds an empty GPU is kept. Default: the start-up time.",
+        help="Seconds an empty GPU is kept. Default: the start-up time, or none with a forecast.",
         rich_help_panel=_FLEET,
     ),
 ]
@@ -95,12 +95,16 @@ ReportOption = Annotated[
     ),
 ]
 ForecastOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--forecast",
-        help="Keep GPUs ready ahead of demand, as the scheduler forecasts it.",
+        "--forecast/--no-forecast",
+        help="Open and keep GPUs as the scheduler forecasts demand. Default: where GPUs take time "
+        "to start.",
         rich_help_panel=_FLEET,
     ),
+]
+InitialOption = Annotated[
+    int, typer.Option(metavar="N", min=0, help="GPUs ready at time 0.", rich_help_panel=_FLEET)
 ]
 NodeOption = Annotated[
     int,
@@ -159,6 +163,16 @@ SeedOption = Annotated[
     int,
     typer.Option(metavar="N", help="Of the copies' shifts and of thinning.", rich_help_panel=_LOAD),
 ]
+
+
+def fleet_defaults(
+    startup_s: float, forecast: bool | None, idle_grace_s: float | None
+) -> tuple[bool, float]:
+    """(forecast, idle grace) where they are not given."""
+    foresee = startup_s > 0 if forecast is None else forecast
+    if idle_grace_s is None:
+        idle_grace_s = 0.0 if foresee else startup_s
+    return foresee, idle_grace_s
 
 
 def load_trace(source: str, *, spread_seed: int | None = None) -> list[TraceRow]:

@@ -136,6 +136,8 @@ def plan(
         ),
     ] = None,
     startup_s: cli.StartupOption = 30.0,
+    forecast: cli.ForecastOption = None,
+    initial_gpus: cli.InitialOption = 0,
     idle_grace_s: cli.GraceOption = None,
     spare_gpus: cli.SpareOption = 0,
     max_gpus: cli.MaxGpusOption = None,
@@ -185,13 +187,16 @@ def plan(
         memory_utilization=gpu_memory_utilization,
         overrides=given,
     )
+    foresee, grace_s = cli.fleet_defaults(startup_s, forecast, idle_grace_s)
     options = SimOptions(
         gpu_tokens=size.capacity_tokens,
         decode_tokens_per_s=size.decode_tokens_per_s,
         epoch_tokens=epoch_tokens,
         migration_price=size.migration_price if migration_price is None else migration_price,
         startup_s=startup_s,
-        idle_grace_s=startup_s if idle_grace_s is None else idle_grace_s,
+        forecast=foresee,
+        initial_gpus=initial_gpus,
+        idle_grace_s=grace_s,
         spare_gpus=spare_gpus,
         max_gpus=max_gpus,
         gpus_per_node=max(1, gpus_per_node // size.gpus),

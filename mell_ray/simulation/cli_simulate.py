@@ -39,7 +39,8 @@ def simulate(
     epoch_tokens: cli.EpochOption = 16,
     report_tokens: cli.ReportOption = 4,
     startup_s: cli.StartupOption = 0.0,
-    forecast: cli.ForecastOption = False,
+    forecast: cli.ForecastOption = None,
+    initial_gpus: cli.InitialOption = 0,
     idle_grace_s: cli.GraceOption = None,
     spare_gpus: cli.SpareOption = 0,
     max_gpus: cli.MaxGpusOption = None,
@@ -91,6 +92,7 @@ def simulate(
 
     rows = cli.load_trace(trace, spread_seed=seed if spread_ties else None)
     kv_bytes = SimOptions(gpu_tokens=1).kv_bytes_per_token
+    foresee, grace_s = cli.fleet_defaults(startup_s, forecast, idle_grace_s)
     options = SimOptions(
         gpu_tokens=gpu_tokens,
         policy=policy,
@@ -100,9 +102,10 @@ def simulate(
         report_tokens=report_tokens,
         migration_price=migration_price,
         startup_s=startup_s,
-        forecast=forecast,
+        forecast=foresee,
+        initial_gpus=initial_gpus,
         spare_gpus=spare_gpus,
-        idle_grace_s=startup_s if idle_grace_s is None else idle_grace_s,
+        idle_grace_s=grace_s,
         max_gpus=max_gpus,
         gpus_per_node=gpus_per_node,
         max_requests_per_gpu=max_requests_per_gpu,

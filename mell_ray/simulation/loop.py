@@ -131,6 +131,8 @@ class Simulation:
         self._caches: PrefixIndex[str] = PrefixIndex(PREFIX_BLOCK_TOKENS)
 
     def run(self, progress: Callable[[float], None] | None = None) -> SimResult:
+        for _ in range(self.options.initial_gpus):
+            self._happen(self._ready(*self.fleet.acquire()))
         step, step_s = 0, self.options.report_s
         planned = -1  # epoch of the last planning
         rows = len(self._rows)
@@ -266,15 +268,7 @@ class Simulation:
                 case Migrate():
                     self._migrate(decision)
                 case AcquireGpu():
-                    gpu, node = self.fleet.acquire()
-                    ready = GpuReady(
-                        gpu,
-                        MODEL,
-                        self.options.gpu_tokens,
-                        node,
-                        self.options.max_requests_per_gpu or _UNLIMITED,
-                    )
-                    self._after(self.options.startup_s, ready)
+                    self._after(self.options.startup_s, self._ready(*self.fleet.acquire()))
                 case ReleaseGpu(gpu):
                     self._emit("gpu_close", gpu=gpu)
                     self.fleet.release(gpu)
@@ -286,6 +280,11 @@ class Simulation:
                     self.meter.result.rejected += 1
                 case Queue():
                     pass
+
+    def _ready(self, gpu: str, node: str) -> GpuReady:
+        options = self.options
+        limit = options.max_requests_per_gpu or _UNLIMITED
+        return GpuReady(gpu, MODEL, options.gpu_tokens, node, limit)
 
     def _after(self, seconds: float, event: Event) -> None:
         if seconds <= 0.0:

@@ -36,6 +36,7 @@ class SimOptions:
     forecast: bool = False  # keep GPUs ready ahead of demand, as the scheduler forecasts it
     spare_gpus: int = 0  # empty GPUs kept ready
     idle_grace_s: float = 0.0  # how long an empty GPU stays before it is given back
+    initial_gpus: int = 0  # ready at time 0
     min_gpus: int = 0
     max_gpus: int | None = None  # None: no limit
     gpus_per_node: int = 1  # a node is given back when all its GPUs are

@@ -66,6 +66,21 @@ def test_one_start_serves_several_waiting_requests() -> None:
     assert world.where["d"] == "g1"
 
 
+def test_no_more_gpus_are_asked_for_while_many_start() -> None:
+    world = make_world(instant_gpus=False, max_gpus=500)
+    for i in range(60):
+        world.arrive(f"r{i}", 70)
+    assert len(world.starting) == 60
+    for _ in range(5):
+        world.tick(1)
+    assert len(world.starting) == 60
+    for _ in range(60):
+        world.start_gpu()
+    assert len(world.where) == 60
+    assert world.starting == []
+    world.check()
+
+
 def test_idle_grace_keeps_a_gpu_for_the_next_request() -> None:
     world = make_world(idle_grace_s=5.0)
     world.arrive("a", 30)
