@@ -29,6 +29,7 @@ class FakeFleet:
     states: dict[str, str] = field(default_factory=dict)
     moves: list[dict[str, Any]] = field(default_factory=list)
     migrating: set[str] = field(default_factory=set)
+    reserved: dict[str, int] = field(default_factory=dict)  # GPU -> blocks for what is to come
     activity: Activity = field(default_factory=Activity)
     key: str | None = None
     looks: int = 0
@@ -103,7 +104,7 @@ class FakeFleet:
         }
 
     def _replica(self, gpu: str, sizes: list[int]) -> dict[str, Any]:
-        used = sum(sizes)
+        used = sum(sizes) + self.reserved.get(gpu, 0)
         state = self.states.get(gpu, "ready")
         return {
             "id": gpu,

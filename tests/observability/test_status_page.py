@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from mell_ray.serving.page import status_page
 from tests.observability.browser import Page, chromium, find_chromium
 from tests.observability.fake_fleet import CAPACITY, FakeFleet, serving
-
-SCREENSHOT = Path(__file__).parents[2] / "mell_ray" / "observability" / "screenshot.png"
+from tests.observability.take_screenshots import SCHEMES, path_of
 
 needs_chromium = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium here (Debian's package is called chromium)"
@@ -56,9 +54,24 @@ def test_page_is_self_contained_and_small() -> None:
     assert len(text) < 40_000
 
 
-def test_screenshot_for_the_readme_is_small() -> None:
-    assert SCREENSHOT.read_bytes().startswith(b"\x89PNG")
-    assert SCREENSHOT.stat().st_size < 200_000
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_screenshots_for_the_readme_are_small(scheme: str) -> None:
+    assert path_of(scheme).read_bytes().startswith(b"\x89PNG")
+    assert path_of(scheme).stat().st_size < 100_000
+
+
+@needs_chromium
+def test_room_reserved_for_a_request_on_its_way_is_drawn(page: Page) -> None:
+    fleet = two_gpus()
+    fleet.reserved["b"] = 64
+    with serving(fleet) as url:
+        page.open(f"{url}/mell", still=True)
+        page.wait(bins(2))
+        share = page.evaluate(
+            "(() => { const bin = bins.get('b');"
+            " return bin.reserved.offsetHeight / bin.tank.clientHeight; })()"
+        )
+        assert share == pytest.approx(64 / CAPACITY, abs=0.01)
 
 
 @needs_chromium
