@@ -56,7 +56,7 @@ def test_pure_parts_know_nothing_of_the_outside(part: str) -> None:
 
 
 def test_kernels_stand_alone() -> None:
-    for path in (ROOT / "kernels").rglob("*.py"):
+    for path in (ROOT / "kernels" / "mell_kernels").rglob("*.py"):
         assert not any(name.split(".")[0] in ("mell_ray", "ray") for name in imports(path)), path
 
 

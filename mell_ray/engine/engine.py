@@ -50,7 +50,7 @@ class Engine:
         self.block_size = config.block_size
         shape = model.kv_shape.stored_as(config.kv_cache_dtype)
         self.block_nbytes = shape.block_nbytes(config.block_size)
-        self.kv_format = f"{shape}, blocks of {config.block_size}"  # equal formats can swap blocks
+        self.kv_format = shape.format(config.block_size)
         self.max_model_len = model.max_model_len
         self.eos_token_ids = model.eos_token_ids
         self.vocab_size = model.vocab_size
@@ -115,6 +115,7 @@ class Engine:
         self._refuse_duplicate(state.request_id)
         seq = self._sequence(state)
         seq.num_computed = 0
+        seq.state.kv_format = self.kv_format
         seq.emitted = seq.num_output
         reason = finish_reason(state, self.eos_token_ids)
         if reason is not None:
@@ -339,11 +340,8 @@ class Engine:
         """
         self.validate(state)
         self._refuse_duplicate(state.request_id)
-        if not prefill and state.kv_format not in ("", self.kv_format):
-            raise ConflictError(
-                f"blocks of {state.request_id} cannot be used here: they hold {state.kv_format}; "
-                f"this engine's hold {self.kv_format}; migrate its tokens instead"
-            )
+        if not prefill:
+            self._reservations.refuse_foreign(state)
         return self._reservations.reserve(key, self._sequence(state), prefill)
 
     def import_blocks(self, key: str, first_block: int, data: np.ndarray) -> None:
@@ -407,7 +405,6 @@ class Engine:
         self._order += 1
         seq = Sequence(state, self.block_size, self._order)
         seq.state = seq.snapshot()  # the caller keeps its own lists
-        seq.state.kv_format = self.kv_format
         self._constrain(seq)
         return seq
 

@@ -40,6 +40,10 @@ class KVShape:
         """Bytes besides that a block takes while a step reads it: one layer in ``dtype``."""
         return math.prod(self.block(block_size)[1:]) * self.dtype.itemsize if self.int8 else 0
 
+    def format(self, block_size: int) -> str:
+        """Says all of what a block's bytes mean: blocks of equal formats can be exchanged."""
+        return f"{self}, blocks of {block_size}"
+
     def stored_as(self, kv_cache_dtype: str) -> KVShape:
         """This shape with the setting of that name.
 
@@ -88,6 +92,7 @@ class KVPool:
     ) -> None:
         block = shape.block(block_size)
         self.block_nbytes = shape.block_nbytes(block_size)
+        self.format = shape.format(block_size)
         self.cache: torch.Tensor | int8.Int8Pool
         if shape.int8:
             size = (capacity + 1, self.block_nbytes)

@@ -53,8 +53,17 @@ class Reservations:
             self._planner.run(seq)
         return Reservation(seq.request_id, seq.num_computed, len(seq.blocks))
 
+    def refuse_foreign(self, state: RequestState) -> None:
+        """Raises ConflictError if the blocks of ``state``'s owner mean something else here."""
+        if state.kv_format not in ("", self._kv.format):
+            raise ConflictError(
+                f"blocks of {state.request_id} cannot be used here: they hold {state.kv_format}; "
+                f"this engine's hold {self._kv.format}; migrate its tokens instead"
+            )
+
     def import_blocks(self, key: str, first_block: int, data: np.ndarray) -> None:
         held = self._held[key]
+        self.refuse_foreign(held.seq.state)
         if held.prefill:
             raise ConflictError(f"migration {key} prefills its tokens; blocks cannot be imported")
         count, rest = divmod(data.size, self._kv.block_nbytes)
