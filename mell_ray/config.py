@@ -58,7 +58,14 @@ class EngineConfig(_Strict):
     )
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="Share of the GPU's memory for weights and KV pool."
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory for all that a replica holds there: weights, what a "
+        "step needs, CUDA graphs, and the KV pool, which gets the rest.",
+    )
+    enforce_eager: bool = Field(
+        default=False, description="Decode on a GPU without CUDA graphs: slower, less memory."
     )
     kv_cache_memory_bytes: int = Field(
         default=64 << 20, ge=1, description="Size of the KV pool on a CPU replica."

@@ -17,12 +17,16 @@ from mell_ray.config import EngineConfig
 from mell_ray.engine.batch import BatchBuilder, RaggedBatch
 from mell_ray.engine.block_pool import BlockPool, root_hash
 from mell_ray.engine.grammar import GrammarCompiler, GrammarMasks, wait_for_masks
+from mell_ray.engine.graphs import CudaCapture, DecodeGraphs
 from mell_ray.engine.kv_pool import KVPool, KVShape, capacity_blocks
+from mell_ray.engine.memory import gpu_capacity, graph_sizes
 from mell_ray.engine.model import LoadedModel, PagedKV
 from mell_ray.engine.planner import Planner
 from mell_ray.engine.reservations import Reservations
-from mell_ray.engine.sampler import Sampled, sample
+from mell_ray.engine.sampler import Draw, Sampled
+from mell_ray.engine.sampler import start as start_draw
 from mell_ray.engine.sequence import Sequence, finish_reason
+from mell_ray.engine.transfer import to_device
 from mell_ray.engine.types import (
     EngineStats,
     FinishReason,
@@ -75,12 +79,19 @@ class Engine:
         max_blocks = -(-longest // self.block_size) + 1
         self._builder = BatchBuilder(config.max_num_seqs, max_blocks, self.block_size, target)
         self._workspace = ops.Workspace()
+        self._graphs = self._capture_graphs(graph_sizes(shape, config), max_blocks)
         self._seqs: dict[str, Sequence] = {}  # owned here, by request id
         self._reservations = Reservations(self._planner, self._kv)
         self._pending: list[TokenDelta] = []  # what the next step hands out first
         self._handovers: list[Sequence] = []
         self._order = 0
         self._masks = None if grammars is None else GrammarMasks(grammars)
+
+    @torch.inference_mode()
+    def _capture_graphs(self, sizes: list[int], max_blocks: int) -> DecodeGraphs | None:
+        if not sizes or self._kv.tensor.device.type != "cuda":
+            return None
+        return DecodeGraphs(self._model, self._kv, sizes, max_blocks, CudaCapture())
 
     # --- life of a request ---------------------------------------------------------------------
 
@@ -148,13 +159,15 @@ class Engine:
                     num_prefill += count
             batch = self._builder.build(plan.chunks)
             resident = batch.num_resident_tokens
-            results = dict(zip(batch.sampled, self._run(batch, len(plan.chunks)), strict=True))
-            late = [seq for seq, result in results.items() if result is None]
+            seqs, draw = self._launch(batch, len(plan.chunks))
+            # A GPU is still computing; what needs no token is done meanwhile.
+            late = [seq for seq in batch.sampled if seq not in seqs]
             for seq, count in plan.chunks:
                 # Where nothing could be sampled, the last token is computed again to do so.
                 seq.num_computed += count - (seq in late)
                 self._planner.register(seq)
-            deltas += [self._accept(seq, result) for seq, result in results.items() if result]
+            results = [] if draw is None else draw.results()
+            deltas += [self._accept(seq, each) for seq, each in zip(seqs, results, strict=True)]
         return StepOutput(
             deltas=[*self._take_pending(), *deltas],
             num_decode_tokens=num_decode,
@@ -165,24 +178,28 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _run(self, batch: RaggedBatch, num_seqs: int) -> list[Sampled | None]:
-        """None for a row whose grammar's mask is late."""
+    def _launch(self, batch: RaggedBatch, num_seqs: int) -> tuple[list[Sequence], Draw | None]:
+        """Start a step: what it samples for, and the draw. A row whose grammar's mask is late is
+        left out."""
         constrained = [seq for seq in batch.sampled if seq.constraint is not None]
         for seq in constrained:
             seq.constraint.begin(seq.state.output_token_ids)
+        logits = self._forward(batch)
+        seqs = batch.sampled
+        if constrained:
+            late = wait_for_masks(constrained, alone=len(constrained) == num_seqs)
+            rows = [i for i, seq in enumerate(seqs) if seq not in late]
+            seqs = [seqs[i] for i in rows]
+            logits = logits[to_device(torch.tensor(rows, dtype=torch.int64), logits.device)]
+        return seqs, start_draw(logits, seqs, self.eos_token_ids) if seqs else None
+
+    def _forward(self, batch: RaggedBatch) -> torch.Tensor:
+        logits = None if self._graphs is None else self._graphs.run(batch)
+        if logits is not None:
+            return logits
         ops.prepare(self._kv.cache, batch.attention, self._workspace)
         context = PagedKV(self._kv.cache, batch.attention)
-        logits = self._model.forward(
-            batch.input_ids, batch.position_ids, batch.logits_rows, context
-        )
-        if not constrained:
-            return list(sample(logits, batch.sampled, self.eos_token_ids)) if batch.sampled else []
-        late = wait_for_masks(constrained, alone=len(constrained) == num_seqs)
-        rows = [i for i, seq in enumerate(batch.sampled) if seq not in late]
-        seqs = [batch.sampled[i] for i in rows]
-        results = sample(logits[rows], seqs, self.eos_token_ids) if rows else []
-        drawn = dict(zip(rows, results, strict=True))
-        return [drawn.get(i) for i in range(len(batch.sampled))]
+        return self._model.forward(batch.input_ids, batch.position_ids, batch.logits_rows, context)
 
     def _accept(self, seq: Sequence, result: Sampled) -> TokenDelta:
         if result.error is not None:
@@ -427,12 +444,6 @@ class Engine:
 
 
 def _capacity(model: LoadedModel, shape: KVShape, config: EngineConfig) -> int:
-    if model.device.type == "cpu":
-        free = config.kv_cache_memory_bytes
-    else:
-        available, total = torch.cuda.mem_get_info(model.device)
-        free = int(total * config.gpu_memory_utilization) - (total - available)
-        # What reads a block of int8 needs memory too, at most for all blocks at once.
-        nbytes = shape.block_nbytes(config.block_size)
-        free = free * nbytes // (nbytes + shape.reading_nbytes(config.block_size))
-    return capacity_blocks(shape, config, free)
+    if model.device.type == "cuda":
+        return gpu_capacity(model, shape, config)
+    return capacity_blocks(shape, config, config.kv_cache_memory_bytes)
