@@ -25,8 +25,6 @@ VALUE_SETS: dict[str, Path | None] = {"default": None} | {
 # The oldest Kubernetes that the chart allows and the newest one the schemas are there for.
 KUBERNETES = ("1.27", "1.37")
 CRDS = Path(os.environ.get("MELL_CRDS", ROOT.parent / "shared" / "crds"))
-# Its CRD is in nobody's hands here; a test of its own looks at it.
-WITHOUT_SCHEMA = {"HTTPRoute"}
 
 Manifest = dict[str, Any]
 

@@ -17,7 +17,6 @@ from tests.helm.support import (
     CRDS,
     KUBERNETES,
     VALUE_SETS,
-    WITHOUT_SCHEMA,
     HelmError,
     Manifest,
     StrictLoader,
@@ -78,7 +77,7 @@ def test_packs() -> None:
 def test_core_kinds(manifests: list[Manifest], kubernetes: str) -> None:
     kinds = set()
     for manifest in manifests:
-        if manifest["apiVersion"].split("/")[0] in CUSTOM or manifest["kind"] in WITHOUT_SCHEMA:
+        if manifest["apiVersion"].split("/")[0] in CUSTOM:
             continue
         validate(manifest, kubernetes)
         kinds.add(manifest["kind"])
@@ -170,14 +169,22 @@ def test_without_rules_or_dashboards_nothing_is_made_of_them(tmp_path: Path) -> 
 
 
 def test_routes_lead_to_the_service_that_kuberay_makes() -> None:
-    manifests = render(VALUE_SETS["multi-model"])
+    route = {
+        "enabled": True,
+        "parentRefs": [{"name": "gateway", "namespace": "net", "sectionName": "https"}],
+        "hostnames": ["llm.example.com"],
+        "requestTimeout": "3600s",
+    }
+    manifests = render(
+        VALUE_SETS["multi-model"], options=("--set-json", f"httpRoute={json.dumps(route)}")
+    )
     service = f"{rayservice(manifests)['metadata']['name']}-serve-svc"
-    (route,) = of_kind(manifests, "HTTPRoute")
-    (rule,) = route["spec"]["rules"]
+    (made,) = of_kind(manifests, "HTTPRoute")
+    (rule,) = made["spec"]["rules"]
     assert rule["backendRefs"] == [{"name": service, "port": 8000}]
     assert rule["timeouts"] == {"request": "3600s"}
-    assert route["spec"]["hostnames"] == ["llm.example.com"]
-    assert route["spec"]["parentRefs"][0]["sectionName"] == "https"
+    assert made["spec"]["hostnames"] == route["hostnames"]
+    assert made["spec"]["parentRefs"] == route["parentRefs"]
     (ingress,) = of_kind(manifests, "Ingress")
     (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
     assert path["backend"]["service"] == {"name": service, "port": {"number": 8000}}
