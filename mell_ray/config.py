@@ -119,6 +119,10 @@ class LLMConfig(_Strict):
         description="Ray accelerator type (e.g. 'H100'). 'GPU': any GPU, awaited where the cluster "
         "has none yet. 'CPU': never a GPU. Unset: a GPU where the cluster has one, else CPU.",
     )
+    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral"] = Field(
+        default="auto",
+        description="How the model writes tool calls; 'auto': as its chat template shows.",
+    )
     deployment_config: DeploymentConfig = DeploymentConfig()
     engine_kwargs: EngineConfig = EngineConfig()
 

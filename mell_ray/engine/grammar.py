@@ -28,7 +28,6 @@ from mell_ray.errors import InvalidRequestError, MellError
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAMMAR_CHARS = 1 << 18  # of the string that travels: a schema and what is around it
 REMEMBERED = 64  # compiled grammars per process
 GRACE_S, ALONE_S = 0.003, 0.05
 _MASK_THREADS = 2

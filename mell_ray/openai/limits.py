@@ -12,6 +12,7 @@ MAX_MESSAGES = 4096
 MAX_NAME_CHARS = 64  # of a message's author
 MAX_SCHEMA_CHARS = 1 << 16  # of one JSON schema, and of all of a request's tools
 MAX_TOOLS = 128
+MAX_TOOL_CALLS = 8  # of one answer that must call tools
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256  # per stop string
 MAX_STOP_TOKEN_IDS = 64

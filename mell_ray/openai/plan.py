@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from mell_ray.engine.types import SamplingParams
 from mell_ray.errors import InvalidRequestError
+from mell_ray.openai.messages import Message
+from mell_ray.openai.options import FunctionDefinition
 from mell_ray.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    Message,
     Prompt,
 )
 from mell_ray.openai.structured import response_grammar
 from mell_ray.openai.text import TextStream
 from mell_ray.openai.tokenizer import Tokenizer
+from mell_ray.openai.tool_calls import ToolCallParser
+from mell_ray.openai.tool_formats import ToolFormat
+from mell_ray.openai.tool_plan import ToolPlan, plan_tools
 
 _SEED_MASK = 2**63 - 1
 
@@ -34,6 +39,7 @@ class Generation:
     prompt_index: int
     choice_index: int  # over prompts x n: the ``index`` in the response
     echo: str = ""  # text that the choice begins with (completions with ``echo``)
+    tools: ToolPlan | None = None  # what may be called
 
     def open_text(self, tokenizer: Tokenizer) -> TextStream:
         """The stream that turns this choice's tokens into text, with all its settings."""
@@ -41,8 +47,13 @@ class Generation:
             tokenizer,
             self.stop,
             hidden_token_ids=self.sampling.stop_token_ids,
+            shown_token_ids=self.tools.marker_ids if self.tools else frozenset(),
             min_tokens=self.sampling.min_tokens,
         )
+
+    def open_tools(self, request_id: str) -> ToolCallParser | None:
+        """What finds the tool calls in this choice's text; None if nothing may be called."""
+        return self.tools.parser(f"{request_id}/{self.choice_index}") if self.tools else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +70,28 @@ def plan_chat(
     max_model_len: int,
     default_max_tokens: int,
     request_seed: int,
+    tool_format: ToolFormat | None = None,
 ) -> list[Generation]:
     """One generation per choice of a chat request.
 
+    :param tool_format: how the model writes tool calls; None: it cannot.
     :param max_model_len: prompt and output tokens together are at most that many.
     :param default_max_tokens: output limit where the client names none and there is room.
     :param request_seed: seed where the client names none.
     :raises InvalidRequestError: the messages cannot be rendered or do not fit.
     """
     limits = _Limits(max_model_len, default_max_tokens, len(tokenizer))
+    tools = plan_tools(request, tokenizer, tool_format)
     prompt = tokenizer.encode(_render(request, tokenizer), add_special_tokens=False)
     if not prompt:
         raise InvalidRequestError("the chat template made an empty prompt", param="messages")
-    return _generations(request, [prompt], [""], "messages", limits, request_seed)
+    plans = _generations(request, [prompt], [""], "messages", limits, request_seed)
+    if tools is None:
+        return plans
+    return [
+        replace(plan, tools=tools, sampling=replace(plan.sampling, grammar=tools.grammar))
+        for plan in plans
+    ]
 
 
 def plan_completion(
@@ -120,18 +140,38 @@ def _render(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
         )
     messages = [_template_message(message) for message in request.messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=[_template_tool(function) for function in request.functions] or None,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
     except (TemplateError, ValueError) as error:
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", param="messages"
         ) from error
 
 
-def _template_message(message: Message) -> dict[str, str]:
+def _template_message(message: Message) -> dict[str, Any]:
     """As chat templates know it: ``developer`` is the newer name of ``system``."""
-    role = "system" if message.role == "developer" else message.role
-    name = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.content, **name}
+    rendered: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.content,
+    }
+    if message.name is not None:
+        rendered["name"] = message.name
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        rendered["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    return rendered
+
+
+def _template_tool(function: FunctionDefinition) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "function": function.model_dump(exclude={"strict"}, exclude_none=True),
+    }
 
 
 def _tokens(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -8,27 +8,23 @@ strings, ``content`` a string, ``prompt`` a tuple of prompts, ``logit_bias`` a t
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     StrictFloat,
     StrictInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from mell_ray.openai.body import Body, check_text
 from mell_ray.openai.limits import (
     MAX_BIAS,
     MAX_CHOICES,
@@ -37,7 +33,6 @@ from mell_ray.openai.limits import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_N,
-    MAX_NAME_CHARS,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
@@ -47,16 +42,24 @@ from mell_ray.openai.limits import (
     MAX_TEMPERATURE,
     MIN_SEED,
 )
+from mell_ray.openai.messages import Message
+from mell_ray.openai.options import (
+    FunctionDefinition,
+    NamedTool,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+    check_distinct,
+    check_tool_choice,
+    check_tools,
+)
 
 Prompt = str | tuple[int, ...]
-
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Fields that stock clients send and that cannot change which tokens come back.
 IGNORED_FIELDS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -77,30 +80,10 @@ UNSUPPORTED_CHAT: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "moderation": (),
     "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
 UNSUPPORTED_COMPLETION: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
-UNSUPPORTED_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-
-
-def check_text(text: str) -> str:
-    """Refuse what no tokenizer can encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(
-            "the text holds an unpaired surrogate, which is not valid Unicode"
-        ) from None
-    return text
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -173,34 +156,6 @@ def _one_prompt(prompt: Any) -> Prompt:
     return tuple(prompt)
 
 
-def _content(value: Any) -> str:
-    if isinstance(value, str):
-        return check_text(value)
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError('must be a string or a non-empty list of {"type": "text"} parts')
-    return "\n".join(_text_part(part) for part in value)
-
-
-def _participant(value: Any) -> str:
-    if not isinstance(value, str) or not 1 <= len(check_text(value)) <= MAX_NAME_CHARS:
-        raise ValueError(f"must be a string of 1 to {MAX_NAME_CHARS} characters")
-    return value
-
-
-def _identifier(value: Any) -> str:
-    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
-        raise ValueError("must have 1 to 64 letters, digits, underscores or hyphens")
-    return value
-
-
-def _text_part(part: Any) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        raise ValueError('only content parts of {"type": "text"} are supported')
-    if not isinstance(part.get("text"), str) or len(part) != 2:
-        raise ValueError('a text part must be {"type": "text", "text": "..."}')
-    return check_text(part["text"])
-
-
 def _messages(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError("must be a non-empty list of messages")
@@ -215,98 +170,13 @@ def _name(value: Any) -> str:
     return value
 
 
-class _Body(BaseModel):
-    """Shared handling of ``null``, harmless, unsupported and unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        given = {k: v for k, v in data.items() if v is not None and k not in cls.ignored}
-        errors = [
-            InitErrorDetails(
-                type=PydanticCustomError("unsupported_field", "{reason}", {"reason": reason}),
-                loc=(str(name),),
-                input=given[name],
-            )
-            for name in given
-            if (reason := cls._refusal(name, given[name])) is not None
-        ]
-        if errors:
-            raise ValidationError.from_exception_data(cls.__name__, errors)
-        return {k: v for k, v in given.items() if k in cls.field_names()}
-
-    @classmethod
-    def field_names(cls) -> list[str]:
-        """The fields as clients write them."""
-        return [field.alias or name for name, field in cls.model_fields.items()]
-
-    @classmethod
-    def _refusal(cls, name: Any, value: Any) -> str | None:
-        if name in cls.field_names():
-            return None
-        allowed = cls.unsupported.get(name)
-        if allowed is None:
-            near = get_close_matches(str(name), cls.field_names(), n=1)
-            return "unknown field" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
-        if any(type(value) is type(ok) and value == ok for ok in allowed):
-            return None
-        return "not supported by this server; remove it"
-
-
-class Message(_Body):
-    """One message of a chat. ``content`` parts of type text are joined by line breaks.
-
-    ``name`` goes to the chat template, which may or may not make use of it.
-    """
-
-    ignored: ClassVar[frozenset[str]] = frozenset({"annotations"})
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
-    name: Annotated[str, BeforeValidator(_participant)] | None = None
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
 
     include_usage: StrictBool = False
 
 
-class JsonSchema(_Body):
-    """``strict`` makes no difference: the answer always follows the schema."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset({"description"})
-
-    name: Annotated[str, BeforeValidator(_identifier)]
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: StrictBool = False
-
-
-class ResponseFormat(_Body):
-    """What the answer must look like."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _with_its_type(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
-        kind = info.data.get("type")
-        if kind == "json_schema" and value is None:
-            raise ValueError("is required with type 'json_schema'")
-        if kind != "json_schema" and kind is not None and value is not None:
-            raise ValueError("is only allowed with type 'json_schema'")
-        return value
-
-
-class GenerationRequest(_Body, ABC):
+class GenerationRequest(Body, ABC):
     """What both endpoints share. Fields beyond OpenAI's have vLLM's names and meanings."""
 
     model: Annotated[str, BeforeValidator(_name)]
@@ -374,6 +244,11 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_INT32)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    tools: Annotated[list[Tool], BeforeValidator(check_tools), AfterValidator(check_distinct)] = (
+        Field(default_factory=list)
+    )
+    tool_choice: Annotated[ToolChoice, PlainValidator(check_tool_choice)] = "auto"
+    parallel_tool_calls: StrictBool = True
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -388,6 +263,33 @@ class ChatCompletionRequest(GenerationRequest):
         if value and not info.data.get("logprobs"):
             raise ValueError("is only allowed with 'logprobs': true")
         return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _of_these_tools(cls, value: ToolChoice, info: ValidationInfo) -> ToolChoice:
+        names = [tool.function.name for tool in info.data.get("tools", [])]
+        if value == "required" and not names:
+            raise ValueError("is only allowed with 'tools'")
+        if isinstance(value, NamedTool) and value.name not in names:
+            raise ValueError("must name one of the functions in 'tools'")
+        if value not in ("none", "auto") and info.data.get("ignore_eos"):
+            raise ValueError("cannot be combined with 'ignore_eos', as a call comes to an end")
+        return value if names else "auto"
+
+    @property
+    def functions(self) -> list[FunctionDefinition]:
+        """What may be called."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.function for tool in self.tools]
+
+    @property
+    def demanded(self) -> list[FunctionDefinition]:
+        """One of these must be called; empty: nothing has to be."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return [function for function in self.functions if function.name == choice.name]
+        return self.functions if choice == "required" else []
 
     @property
     def output_limit(self) -> tuple[str, int | None]:

@@ -17,10 +17,11 @@ from mell_ray.errors import ServerError
 from mell_ray.openai.errors import error_body
 from mell_ray.openai.logprobs import chat_logprobs, completion_logprobs
 from mell_ray.openai.text import LogprobEntry, TextPiece
+from mell_ray.openai.tool_calls import CallDelta
 
 SSE_DONE = b"data: [DONE]\n\n"
 
-ApiFinishReason = Literal["stop", "length"]
+ApiFinishReason = Literal["stop", "length", "tool_calls"]
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _quote = json.encoder.encode_basestring_ascii
@@ -81,13 +82,14 @@ class Choice:
     :param logprobs: whether the request asked for log-probabilities.
     """
 
-    __slots__ = ("_texts", "completion_tokens", "finish_reason", "index", "logprobs")
+    __slots__ = ("_texts", "calls", "completion_tokens", "finish_reason", "index", "logprobs")
 
     def __init__(self, index: int, *, echo: str = "", logprobs: bool = False) -> None:
         self.index = index
         self.logprobs: list[LogprobEntry] | None = [] if logprobs else None
         self.finish_reason: ApiFinishReason | None = None  # set by the caller, at the end
         self.completion_tokens = 0
+        self.calls: list[dict[str, Any]] = []  # as the response has them
         self._texts = [echo]
 
     def add(self, piece: TextPiece) -> None:
@@ -96,9 +98,22 @@ class Choice:
         if self.logprobs is not None:
             self.logprobs += piece.logprobs
 
+    def add_call(self, delta: CallDelta) -> None:
+        if delta.name is not None:
+            self.calls.append(_first_part(delta))
+        else:
+            self.calls[delta.index]["function"]["arguments"] += delta.arguments
+
     @property
     def text(self) -> str:
         return "".join(self._texts)
+
+    def message(self) -> dict[str, Any]:
+        """The message of a chat; without content where it only calls tools."""
+        message = {"role": "assistant", "content": self.text, "refusal": None}
+        if not self.calls:
+            return message
+        return {**message, "content": self.text or None, "tool_calls": self.calls}
 
 
 def chat_response(
@@ -115,7 +130,7 @@ def chat_response(
     body["choices"] = [
         {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": choice.message(),
             "logprobs": None if choice.logprobs is None else chat_logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -147,6 +162,11 @@ def completion_response(
     ]
     body["usage"] = usage(prompt_tokens, sum(choice.completion_tokens for choice in choices))
     return body
+
+
+def _first_part(delta: CallDelta) -> dict[str, Any]:
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"id": delta.id, "type": "function", "function": function}
 
 
 def _envelope(
@@ -217,6 +237,17 @@ class ChatChunker(_Chunker):
     def finish(self, choice: int, reason: ApiFinishReason) -> bytes:
         return self._chunk(
             f'{{"index":{choice},"delta":{{}},"logprobs":null,"finish_reason":"{reason}"}}'
+        )
+
+    def call(self, choice: int, delta: CallDelta) -> bytes:
+        """A part of a tool call."""
+        part: dict[str, Any] = {"function": {"arguments": delta.arguments}}
+        if delta.name is not None:
+            part = _first_part(delta)
+        calls = _encode([{"index": delta.index, **part}])
+        return self._chunk(
+            f'{{"index":{choice},"delta":{{"tool_calls":{calls}}},'
+            '"logprobs":null,"finish_reason":null}'
         )
 
 

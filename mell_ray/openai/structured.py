@@ -16,7 +16,7 @@ from llguidance import LLMatcher
 from mell_ray.engine.grammar import GrammarCompiler
 from mell_ray.errors import InvalidRequestError, OverloadedError
 from mell_ray.openai.limits import MAX_SCHEMA_CHARS
-from mell_ray.openai.protocol import ResponseFormat
+from mell_ray.openai.options import ResponseFormat
 from mell_ray.openai.tokenizer import Tokenizer
 
 SCHEMA_PARAM = "response_format.json_schema.schema"
@@ -38,13 +38,17 @@ JSON_OPTIONS: dict[str, Any] = {
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-def response_grammar(wanted: ResponseFormat | None) -> str | None:
-    """The grammar of a whole answer; None: any text."""
+def response_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The schema of a whole answer; None: any text."""
     if wanted is None:
         return None
-    if wanted.json_schema is None:
-        return json_grammar(ANY_OBJECT)
-    return json_grammar(wanted.json_schema.json_schema)
+    return ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.json_schema
+
+
+def response_grammar(wanted: ResponseFormat | None) -> str | None:
+    """The grammar of a whole answer; None: any text."""
+    schema = response_schema(wanted)
+    return None if schema is None else json_grammar(schema)
 
 
 def json_grammar(schema: dict[str, Any], param: str = SCHEMA_PARAM) -> str:

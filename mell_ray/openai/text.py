@@ -57,6 +57,7 @@ class TextStream:
     :param stop: stop strings, looked for in the text only after ``min_tokens`` tokens.
     :param skip_special_tokens: leave special tokens out of the text and of the logprobs.
     :param hidden_token_ids: further tokens to leave out (``stop_token_ids`` of the request).
+    :param shown_token_ids: special tokens that are text all the same.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class TextStream:
         *,
         skip_special_tokens: bool = True,
         hidden_token_ids: Collection[int] = (),
+        shown_token_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
     ) -> None:
         self._vocabulary = vocabulary_of(tokenizer)
         special = self._vocabulary.special_ids if skip_special_tokens else frozenset[int]()
+        special -= shown_token_ids
         self._hidden = special.union(hidden_token_ids) if hidden_token_ids else special
         self._detokenizer = Detokenizer(self._vocabulary, self._hidden)
         self._matcher = StopMatcher(stop) if stop else None

@@ -26,7 +26,12 @@ class Tokenizer(Protocol):
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool,
+        tokenize: bool,
     ) -> str: ...
 
 

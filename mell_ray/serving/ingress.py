@@ -25,6 +25,7 @@ from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.tracing import TRACEPARENT, make_tracer
 from mell_ray.openai.errors import error_body, error_headers
 from mell_ray.openai.response import model_list, sse_error
+from mell_ray.openai.tool_formats import find_format
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.guard import Guard, GuardMiddleware
 from mell_ray.serving.logs import configure_logging
@@ -286,7 +287,14 @@ class Ingress:
 
 
 def _served_model(llm: LLMConfig) -> ServedModel:
-    return ServedModel(llm.model_id, load_tokenizer(llm), context_length(llm), int(time.time()))
+    tokenizer = load_tokenizer(llm)
+    return ServedModel(
+        llm.model_id,
+        tokenizer,
+        context_length(llm),
+        int(time.time()),
+        find_format(llm.tool_call_format, tokenizer),
+    )
 
 
 def _request_id(request: Request) -> str:

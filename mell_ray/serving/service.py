@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -44,6 +44,8 @@ from mell_ray.openai.response import (
 from mell_ray.openai.structured import SCHEMA_PARAM, GrammarCheck
 from mell_ray.openai.text import TextPiece
 from mell_ray.openai.tokenizer import Tokenizer
+from mell_ray.openai.tool_calls import CallDelta, ToolCallParser
+from mell_ray.openai.tool_formats import ToolFormat
 from mell_ray.serving.runner import Job
 from mell_ray.serving.track import Accepted
 
@@ -70,6 +72,7 @@ class ServedModel:
     tokenizer: Tokenizer
     max_model_len: int
     created: int
+    tool_format: ToolFormat | None = None  # None: it cannot call tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class ChoiceEvent:
     index: int
     piece: TextPiece
     reason: ApiFinishReason | None
+    calls: Sequence[CallDelta] = ()  # found in the text, which then is not in ``piece``
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,9 @@ class Service:
             generations = self._plan(request, model)
         grammar = generations[0].sampling.grammar
         if grammar is not None:
-            await self._grammars[model.model_id].check(grammar, SCHEMA_PARAM)
+            tools = generations[0].tools
+            param = tools.param if tools is not None else SCHEMA_PARAM
+            await self._grammars[model.model_id].check(grammar, param)
         request_id = request_id or uuid.uuid4().hex
         span, above = self._begin_span(request, request_id, traceparent)
         jobs = [
@@ -200,13 +206,13 @@ class Service:
         return span, traceparent_of(span)
 
     def _plan(self, request: GenerationRequest, model: ServedModel) -> list[Generation]:
-        limits = {
+        limits: dict[str, int] = {
             "max_model_len": model.max_model_len,
             "default_max_tokens": self._default_max_tokens,
             "request_seed": secrets.randbits(62),
         }
         if isinstance(request, ChatCompletionRequest):
-            return plan_chat(request, model.tokenizer, **limits)
+            return plan_chat(request, model.tokenizer, **limits, tool_format=model.tool_format)
         assert isinstance(request, CompletionRequest)
         return plan_completion(request, model.tokenizer, **limits)
 
@@ -222,6 +228,8 @@ class Service:
         async with aclosing(self.events(prepared)) as events:
             async for event in events:
                 choices[event.index].add(event.piece)
+                for call in event.calls:
+                    choices[event.index].add_call(call)
                 choices[event.index].finish_reason = event.reason
                 if started is not None:
                     started.set()
@@ -260,6 +268,8 @@ class Service:
                     head, greeted = _greeting(chunker, prepared), True
                 completion_tokens += len(event.piece.token_ids)
                 chunk = head + chunker.delta(event.index, event.piece)
+                if isinstance(chunker, ChatChunker):
+                    chunk += b"".join(chunker.call(event.index, call) for call in event.calls)
                 if event.reason is not None:
                     chunk += chunker.finish(event.index, event.reason)
                 if chunk:
@@ -323,23 +333,23 @@ class Service:
 
     async def _choice(self, prepared: Prepared, index: int) -> AsyncGenerator[ChoiceEvent, None]:
         """One choice from tokens to text; stops the request where a stop string is complete."""
-        text = prepared.generations[index].open_text(prepared.model.tokenizer)
+        generation = prepared.generations[index]
+        text = generation.open_text(prepared.model.tokenizer)
+        tools = generation.open_tools(prepared.request_id)
         async with aclosing(self._runs.run(prepared.jobs[index])) as accepted:
             async for delta in accepted:
                 piece = text.push(delta.token_ids, delta.logprobs)
-                if piece.stopped:
-                    prepared.jobs[index].clock.stopped = True
-                    yield ChoiceEvent(index, piece, "stop")
-                    return
-                if delta.finish_reason is not None:
+                reason: ApiFinishReason | None = "stop" if piece.stopped else None
+                if reason is None and delta.finish_reason is not None:
                     last = text.finish()
-                    stopped: ApiFinishReason = "stop"
-                    reason = (
-                        stopped if last.stopped else finish_reason(delta.finish_reason, delta.error)
-                    )
-                    yield ChoiceEvent(index, _join(piece, last), reason)
+                    reason = "stop" if last.stopped else _reason(delta)
+                    piece = _join(piece, last)
+                event = ChoiceEvent(index, piece, reason)
+                if tools is not None:
+                    event = _with_calls(event, tools)
+                yield event
+                if event.reason is not None:
                     return
-                yield ChoiceEvent(index, piece, None)
 
     def _model(self, name: str) -> ServedModel:
         model = self._models.get(name)
@@ -409,6 +419,24 @@ def _greeting(chunker: ChatChunker | CompletionChunker, prepared: Prepared) -> b
         for generation in prepared.generations
         if generation.echo
     )
+
+
+def _reason(delta: Accepted) -> ApiFinishReason:
+    assert delta.finish_reason is not None
+    return finish_reason(delta.finish_reason, delta.error)
+
+
+def _with_calls(event: ChoiceEvent, tools: ToolCallParser) -> ChoiceEvent:
+    """Tell calls from text. What makes calls ends with them, unless it was cut."""
+    parsed = tools.push(event.piece.text)
+    content, calls = parsed.content, parsed.calls
+    reason = "stop" if tools.complete and event.reason is None else event.reason
+    if reason is not None:
+        last = tools.finish()
+        content, calls = content + last.content, calls + last.calls
+    if reason == "stop" and tools.num_calls:
+        reason = "tool_calls"
+    return ChoiceEvent(event.index, replace(event.piece, text=content), reason, calls)
 
 
 def _join(first: TextPiece, second: TextPiece) -> TextPiece:

@@ -24,6 +24,14 @@ _WORDS = Regex(
 # results, say) read as the user's: the model was never shown them, and refusing helps nobody.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
+{%- if tools -%}
+    {{- '<|system|>You may call these functions, each in <tool_call></tool_call>' -}}
+    {{- ' as JSON with its "name" and "arguments":\\n<tools>' -}}
+    {%- for tool in tools -%}
+        {{- '\\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- '\\n</tools>' + eos_token -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message['role'] in ['system', 'developer'] -%}
         {{- '<|system|>' -}}
@@ -39,6 +47,9 @@ CHAT_TEMPLATE = """\
             {{- part['text'] | trim -}}
         {%- endfor -%}
     {%- endif -%}
+    {%- for call in message['tool_calls'] or [] -%}
+        {{- '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' -}}
+    {%- endfor -%}
     {{- eos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
