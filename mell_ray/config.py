@@ -138,8 +138,10 @@ class PolicyConfig(_Strict):
 
 class MigrationConfig(_Strict):
     enabled: bool = Field(default=True, description="Let the policy move running requests.")
-    mode: Literal["auto", "kv", "token"] = Field(
-        default="auto", description="How KV gets to the target; 'auto' takes the cheaper one."
+    mode: Literal["auto", "kv", "token", "hybrid"] = Field(
+        default="auto",
+        description="How KV gets to the target: sent, computed there again, or both at once from "
+        "the two ends; 'auto' takes the cheapest each time.",
     )
     max_concurrent: int = Field(default=4, ge=1, description="Migrations in flight at once.")
     max_stages: int = Field(default=8, ge=1, description="Live copy rounds before the freeze.")
@@ -161,6 +163,35 @@ class MigrationConfig(_Strict):
         ge=0,
         description="GPU-seconds that moving one token costs; default: the time it takes, as "
         "learnt. 0: pack as tightly as possible, whatever moves that takes.",
+    )
+    freeze_limit_s: float = Field(
+        default=3.0,
+        gt=0,
+        description="A source settles a frozen request by itself after it, should the Migrator "
+        "have died between freeze and commit.",
+    )
+    transports: tuple[Literal["objects", "cuda_ipc", "nccl"], ...] = Field(
+        default=("cuda_ipc", "nccl", "objects"),
+        description="Ways by which blocks may travel. The fastest that reaches is taken; Ray "
+        "objects are always allowed, as the one that never fails alone.",
+    )
+    chunk_bytes: int = Field(
+        default=16 << 20, ge=1, description="Blocks travel in chunks of at most that many bytes."
+    )
+    max_concurrent_per_replica: int = Field(
+        default=2, ge=1, description="Migrations in flight at once from or to one replica."
+    )
+    buffer_bytes: int = Field(
+        default=128 << 20, ge=1, description="Chunks on their way at once from or to one replica."
+    )
+    max_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="What migrations may send or receive per replica."
+    )
+    step_share: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Share of step time that copying blocks may take while others decode.",
     )
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "scheduler": {"scheduler", "config", "errors"},
     "simulation": {"simulation", "scheduler", "config", "errors"},
     "engine": {"engine", "builtin", "config", "errors"},
-    "bench": {"bench", "engine", "migration", "config", "errors"},
+    "bench": {"bench", "engine", "migration", "scheduler", "serving", "config", "errors"},
     "migration": {"migration", "engine", "config", "errors"},
     "openai": {"openai", "engine", "errors"},
     "observability": {"observability", "migration", "engine", "config", "errors"},

@@ -94,6 +94,46 @@ def throughput(
         json_out.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@app.command()
+def migration(
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="A tenth of the work: to see that it runs, not for figures.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+) -> None:
+    """What live migration costs: stalls, other requests, transport, choice of a mode.
+
+    Starts Ray and two CPU replicas of a random model of 50 million parameters on this machine;
+    takes about five minutes. Run it on an otherwise idle machine.
+    """
+    from mell_ray.bench.migration import MigrationBenchOptions, measure
+
+    options = MigrationBenchOptions(dtype=dtype, seed=seed)
+    if quick:
+        options = MigrationBenchOptions(
+            kv_moves=6,
+            token_moves=4,
+            windows=1,
+            window_s=2.0,
+            transfers=2,
+            grid_contexts=(256,),
+            grid_bytes_per_s=(2e6, 1e9),
+            grid_loads=(0,),
+            dtype=dtype,
+            seed=seed,
+        )
+    result = measure(options, lambda phase: typer.echo(phase, err=True))
+    for key, value in result.items():
+        if isinstance(value, float | int):
+            typer.echo(f"{key:24} {value:8.3f}")
+    if json_out is not None:
+        json_out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar on stderr, where that is a terminal."""

@@ -304,13 +304,26 @@ class Engine:
             KeyError: the request is not owned here.
             ConflictError: it does not hold those blocks (it may have been preempted).
         """
+        return self._kv.export(self._own_blocks(request_id, first_block, num_blocks))
+
+    def export_into(
+        self, request_id: str, first_block: int, num_blocks: int, out: np.ndarray
+    ) -> None:
+        """``export_blocks`` into memory that is there already: 1-D uint8 of the same length."""
+        self._kv.export_into(self._own_blocks(request_id, first_block, num_blocks), out)
+
+    def export_tensor(self, request_id: str, first_block: int, num_blocks: int) -> torch.Tensor:
+        """``export_blocks`` without leaving the engine's device."""
+        return self._kv.export_tensor(self._own_blocks(request_id, first_block, num_blocks))
+
+    def _own_blocks(self, request_id: str, first_block: int, num_blocks: int) -> list[int]:
         blocks = self._seqs[request_id].blocks
         last = first_block + num_blocks
         if first_block < 0 or num_blocks < 0 or last > len(blocks):
             raise ConflictError(
                 f"blocks {first_block} to {last} of {request_id} asked for; it holds {len(blocks)}"
             )
-        return self._kv.export(blocks[first_block:last])
+        return blocks[first_block:last]
 
     def freeze(self, request_id: str) -> RequestState:
         """Leave a request out of planning. The copy returned is what the target goes on with: its
@@ -340,7 +353,9 @@ class Engine:
 
     # --- migration, target side ----------------------------------------------------------------
 
-    def reserve(self, key: str, state: RequestState, *, prefill: bool) -> Reservation:
+    def reserve(
+        self, key: str, state: RequestState, *, prefill: bool, imports: bool | None = None
+    ) -> Reservation:
         """Hold room for a request that is still owned elsewhere: blocks for its tokens and one
         more, of which cached prefix blocks need not be sent.
 
@@ -348,6 +363,8 @@ class Engine:
             key: names the migration in all later calls.
             prefill: True: compute the tokens' KV here (token migration), without sampling. False:
                 blocks will be imported (KV migration).
+            imports: with ``prefill``: blocks will be imported as well, and the tokens from the
+                first of them on are not computed (hybrid migration).
 
         Raises:
             InvalidRequestError: this engine could never run it.
@@ -357,9 +374,12 @@ class Engine:
         """
         self.validate(state)
         self._refuse_duplicate(state.request_id)
-        if not prefill:
+        imports = not prefill if imports is None else imports
+        if imports:
             self._reservations.refuse_foreign(state)
-        return self._reservations.reserve(key, self._sequence(state), prefill)
+        return self._reservations.reserve(
+            key, self._sequence(state), prefill=prefill, imports=imports
+        )
 
     def import_blocks(self, key: str, first_block: int, data: np.ndarray) -> None:
         """Write blocks that ``export_blocks`` gave, at positions from ``first_block`` on. Blocks

@@ -109,17 +109,48 @@ class KVPool:
         return ops.gather_blocks(self.tensor, ids).cpu().numpy()
 
     @torch.inference_mode()
-    def load(self, block_ids: list[int], data: np.ndarray) -> None:
-        """Overwrite blocks with bytes that ``export`` gave.
+    def export_into(self, block_ids: list[int], out: np.ndarray) -> None:
+        """``export`` without new memory, whose first touch costs more than the copy itself.
+
+        ``out``: 1-D uint8, contiguous and writable, ``len(block_ids) * block_nbytes`` long.
+        """
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
+        target = torch.from_numpy(out)
+        if self.tensor.device.type == "cpu":
+            rows = self.tensor.view(torch.uint8).view(self.tensor.shape[0], -1)
+            torch.index_select(rows, 0, ids, out=target.view(len(block_ids), -1))
+        else:
+            target.copy_(ops.gather_blocks(self.tensor, ids))
+
+    @torch.inference_mode()
+    def export_tensor(self, block_ids: list[int]) -> torch.Tensor:
+        """``export`` without leaving the device."""
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
+        return ops.gather_blocks(self.tensor, ids)
+
+    @torch.inference_mode()
+    def load(self, block_ids: list[int], data: np.ndarray | torch.Tensor) -> None:
+        """Overwrite blocks with bytes that ``export`` or ``export_tensor`` gave.
 
         Raises:
             ValueError: ``data`` has another length or type than those blocks.
         """
         expected = len(block_ids) * self.block_nbytes
-        if data.dtype != np.uint8 or data.size != expected:
-            raise ValueError(f"{data.size} elements of {data.dtype} given, {expected} bytes needed")
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
+        if data.dtype not in (np.uint8, torch.uint8) or data.nbytes != expected:
+            raise ValueError(
+                f"{data.nbytes} bytes of {data.dtype} given, {expected} bytes of uint8 needed"
+            )
+        if isinstance(data, torch.Tensor):
+            ids = torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
+            ops.scatter_blocks(self.tensor, ids, data.to(self.tensor.device))
+            return
         source = np.ascontiguousarray(data).reshape(-1)
-        if not source.flags.writeable:  # torch refuses to wrap what shared memory lends read-only
+        if self.tensor.device.type == "cpu":
+            # Straight from what shared memory lends read-only, which torch refuses to wrap.
+            rows = self.tensor.view(torch.uint8).view(self.tensor.shape[0], -1).numpy()
+            rows[block_ids] = source.reshape(len(block_ids), -1)
+            return
+        if not source.flags.writeable:
             source = source.copy()
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
         ops.scatter_blocks(self.tensor, ids, torch.from_numpy(source).to(self.tensor.device))

@@ -16,13 +16,14 @@ from mell_ray.errors import ConflictError
 @dataclass(slots=True)
 class _Held:
     seq: Sequence
-    prefill: bool
+    prefill: bool  # its tokens are computed here, at least the leading ones
+    imports: bool  # blocks are imported, at least the last ones
     num_cached: int  # leading blocks from the prefix cache: shared, never written
     imported: set[int] = field(default_factory=set)  # positions of blocks, looked up only
 
     def imported_upto(self) -> int:
         """Leading blocks whose KV is here."""
-        count = self.num_cached
+        count = max(self.num_cached, self.seq.num_computed // self.seq.block_size)
         while count in self.imported:
             count += 1
         return count
@@ -43,12 +44,12 @@ class Reservations:
     def holds_request(self, request_id: str) -> bool:
         return any(held.seq.request_id == request_id for held in self._held.values())
 
-    def reserve(self, key: str, seq: Sequence, prefill: bool) -> Reservation:
+    def reserve(self, key: str, seq: Sequence, *, prefill: bool, imports: bool) -> Reservation:
         if key in self._held:
             raise ConflictError(f"migration {key} already has a reservation here")
         seq.status = "reserved"
         self._planner.take_room(seq, min(seq.num_tokens + 1, seq.max_kv_tokens))
-        self._held[key] = _Held(seq, prefill, seq.num_registered)
+        self._held[key] = _Held(seq, prefill, imports, seq.num_registered)
         if prefill:
             self._planner.run(seq)
         return Reservation(seq.request_id, seq.num_computed, len(seq.blocks))
@@ -64,23 +65,28 @@ class Reservations:
     def import_blocks(self, key: str, first_block: int, data: np.ndarray) -> None:
         held = self._held[key]
         self.refuse_foreign(held.seq.state)
-        if held.prefill:
+        if not held.imports:
             raise ConflictError(f"migration {key} prefills its tokens; blocks cannot be imported")
-        count, rest = divmod(data.size, self._kv.block_nbytes)
+        count, rest = divmod(data.nbytes, self._kv.block_nbytes)
         if rest or first_block < 0:
             raise ConflictError(
-                f"{data.size} bytes at block {first_block} are not whole blocks of "
+                f"{data.nbytes} bytes at block {first_block} are not whole blocks of "
                 f"{self._kv.block_nbytes} bytes"
             )
         seq, end = held.seq, first_block + count
         if end > seq.blocks_for(seq.max_kv_tokens):
             raise ConflictError(f"{seq.request_id} never has {end} blocks")
         self._planner.grow(seq, end * seq.block_size)
-        start = max(first_block, held.num_cached)
+        computed = seq.num_computed // seq.block_size
+        start = max(first_block, held.num_cached, computed)
         if start < end:
             skipped = (start - first_block) * self._kv.block_nbytes
             self._kv.load(seq.blocks[start:end], data.reshape(-1)[skipped:])
             held.imported.update(range(start, end))
+        if held.prefill:
+            limit = first_block * seq.block_size
+            seq.compute_limit = min(limit, seq.compute_limit or limit)
+            self._planner.changed()
 
     def extend(self, key: str, token_ids: list[int]) -> None:
         seq = self._held[key].seq
@@ -91,9 +97,9 @@ class Reservations:
 
     def progress(self, key: str) -> int:
         held = self._held[key]
-        if held.prefill:
+        if not held.imports:
             return held.seq.num_computed
-        return held.imported_upto() * held.seq.block_size
+        return max(held.seq.num_computed, held.imported_upto() * held.seq.block_size)
 
     def activate(self, key: str, state: RequestState) -> Sequence:
         """Turn a reservation into a sequence that has exactly ``state``'s tokens; it is neither
@@ -104,9 +110,8 @@ class Reservations:
             raise ConflictError(
                 f"migration {key} is for {reserved.request_id}, not {state.request_id}"
             )
-        have = self.progress(key)
-        if not held.prefill:
-            have = min(have, state.num_computed)
+        # What was computed here is right whatever became of the source's own copy.
+        have = max(reserved.num_computed, min(self.progress(key), state.num_computed))
         seq = Sequence(state, reserved.block_size, reserved.order)
         seq.state = seq.snapshot()
         common = min(seq.num_tokens, reserved.num_tokens)

@@ -29,6 +29,7 @@ class Sequence:
     num_table_blocks: int = 0  # batch builder: blocks already written to that row
     emitted: int = 0  # engine: output tokens already handed out in deltas
     handover: bool = False  # engine: the next delta must tell everything from index 0
+    compute_limit: int | None = None  # reservations: tokens to compute here; None: all known
     penalties: Any = None  # sampler: token counts, where a penalty needs them
     constraint: Any = None  # engine: the Constraint of its grammar, if it has one
     key: tuple[int, float, int] = field(init=False)
@@ -61,6 +62,8 @@ class Sequence:
         must not have to write into a block that was offered to the prefix index meanwhile.
         """
         known = len(self.token_ids) - (self.status == "reserved")
+        if self.compute_limit is not None:
+            known = min(known, self.compute_limit)
         return known - self.state.num_computed
 
     @property

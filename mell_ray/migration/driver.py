@@ -12,62 +12,14 @@ import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from mell_ray.engine.types import RequestState, Reservation
+from mell_ray.engine.types import RequestState
 from mell_ray.errors import MellError, MigrationError
-from mell_ray.migration.types import (
-    ChunkMeta,
-    Frozen,
-    MigrationOrder,
-    MigrationResult,
-    Outcome,
-    Settlement,
-    TokenTail,
-)
+from mell_ray.migration.copying import BlockCopier, CopyLimits
+from mell_ray.migration.peers import PeerDied, PlainWay, Source, Target, Way
+from mell_ray.migration.types import MigrationOrder, MigrationResult, Outcome, Settlement
 
 logger = logging.getLogger(__name__)
-
-# A payload that the driver only passes on (with Ray, an ObjectRef).
-Payload = Any
-
-
-class PeerDied(Exception):
-    """The replica at the other end of a call is dead; nothing of the call can take effect."""
-
-
-class Source(Protocol):
-    async def begin(self, order: MigrationOrder) -> RequestState: ...
-
-    def stage(
-        self, migration_id: str, first_block: int, max_blocks: int
-    ) -> tuple[Awaitable[ChunkMeta], Payload]: ...
-
-    async def tokens(self, migration_id: str, start: int) -> TokenTail: ...
-
-    def freeze(
-        self, migration_id: str, first_block: int
-    ) -> tuple[Awaitable[Frozen], Payload, Payload]:
-        """(the message, the message as a reference, the tail blocks as a reference)."""
-        ...
-
-    async def thaw(self, migration_id: str) -> None: ...
-
-    async def release(self, migration_id: str) -> None: ...
-
-
-class Target(Protocol):
-    async def reserve(self, order: MigrationOrder, state: RequestState) -> Reservation: ...
-
-    async def receive(self, migration_id: str, first_block: int, payload: Payload) -> None: ...
-
-    async def extend(self, migration_id: str, tail: TokenTail) -> None: ...
-
-    async def wait_progress(self, migration_id: str, num_tokens: int) -> int: ...
-
-    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> int: ...
-
-    async def settle(self, migration_id: str) -> Settlement: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +30,14 @@ class DriverLimits:
     chunk_bytes: int = 16 << 20
     tail_tokens: int = 16
     timeout_s: float = 30.0
+    chunk_timeout_s: float = 10.0
     settle_timeout_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    block_size: int
-    chunk_blocks: int
 
 
 @dataclass(slots=True)
 class _Progress:
     stages: int = 0
-    bytes: int = 0
+    tail_bytes: int = 0
     tokens: int = 0
     cached_tokens: int = 0
     generation: int = 0
@@ -105,18 +52,28 @@ async def migrate(
     block_size: int,
     block_nbytes: int,
     limits: DriverLimits,
+    way: Way | None = None,
 ) -> MigrationResult:
     """Run one migration to its end. Never raises for a failure of the migration: the result says
     who owns the request now and why."""
     progress = _Progress()
+    chunk_blocks = max(1, limits.chunk_bytes // block_nbytes)
+    copier = BlockCopier(
+        order,
+        source,
+        target,
+        way or PlainWay(),
+        CopyLimits(block_nbytes, chunk_blocks, limits.chunk_timeout_s),
+    )
     started = time.monotonic()
     outcome: Outcome
     detail = ""
     try:
         async with asyncio.timeout(limits.timeout_s):
             state = await source.begin(order)
-            layout = _Layout(block_size, max(1, limits.chunk_bytes // block_nbytes))
-            first_block = await _copy(order, state, source, target, layout, limits, progress)
+            first_block = await _bring_close(
+                order, state, source, target, copier, block_size, limits, progress
+            )
             await _hand_over(order, first_block, source, target, progress)
         outcome = "committed"
     except (MellError, PeerDied, TimeoutError) as error:
@@ -127,26 +84,29 @@ async def migrate(
         outcome=outcome,
         detail=detail,
         stages=progress.stages,
-        bytes=progress.bytes,
+        bytes=copier.done.bytes + progress.tail_bytes,
         tokens=progress.tokens,
         cached_tokens=progress.cached_tokens,
         generation=progress.generation,
         seconds=time.monotonic() - started,
         freeze_s=progress.freeze_s,
         finished_at=time.time(),
+        transport=copier.done.transport or "",
+        fallbacks=copier.done.fallbacks,
     )
 
 
-async def _copy(
+async def _bring_close(
     order: MigrationOrder,
     state: RequestState,
     source: Source,
     target: Target,
-    layout: _Layout,
+    copier: BlockCopier,
+    block_size: int,
     limits: DriverLimits,
     progress: _Progress,
 ) -> int:
-    """Bring the target close enough to the source that freezing it costs about one step.
+    """Bring the target so close to the source that freezing it costs about one step.
 
     Returns the first block that the freeze still has to carry.
     """
@@ -155,50 +115,28 @@ async def _copy(
     if order.mode == "token":
         await _catch_up(order.migration_id, source, target, state.num_tokens, limits, progress)
         return 0
-    first_block = reservation.num_cached_tokens // layout.block_size
-    return await _copy_blocks(
-        order.migration_id, source, target, first_block, layout, limits, progress
-    )
+    first = reservation.num_cached_tokens // block_size
+    copier.done.ready_blocks = state.num_computed // block_size
+    if order.mode == "hybrid":
+        stop = max(first, copier.done.ready_blocks)
+        progress.stages += 1
+        await copier.until_met(first, stop, block_size)
+        await target.wait_progress(order.migration_id, stop * block_size + 1)
+        first = stop
+    return await _copy_stages(copier, first, limits, progress)
 
 
-async def _copy_blocks(
-    migration_id: str,
-    source: Source,
-    target: Target,
-    first: int,
-    layout: _Layout,
-    limits: DriverLimits,
-    progress: _Progress,
+async def _copy_stages(
+    copier: BlockCopier, first: int, limits: DriverLimits, progress: _Progress
 ) -> int:
-    """Stages. A stage is everything complete when it starts, sent in chunks; the target takes one
-    chunk in while the source gathers the next."""
-    receiving: asyncio.Task[None] | None = None
-    try:
-        while progress.stages < limits.max_stages:
-            progress.stages += 1
-            sent, ready = 0, first + 1
-            while first < ready:
-                meta_future, payload = source.stage(migration_id, first, layout.chunk_blocks)
-                meta = await meta_future
-                if receiving is not None:
-                    await receiving
-                receiving = asyncio.create_task(
-                    target.receive(migration_id, meta.first_block, payload)
-                )
-                ready = meta.ready_blocks
-                first += meta.num_blocks
-                sent += meta.num_blocks
-                progress.bytes += meta.nbytes
-                if not meta.num_blocks:
-                    break
-            if receiving is not None:
-                await receiving
-                receiving = None
-            if sent <= 1:
-                break
-    finally:
-        if receiving is not None:
-            receiving.cancel()
+    """Each stage moves what was complete when it began, until at most one block is left."""
+    while progress.stages < limits.max_stages:
+        ready = copier.done.ready_blocks
+        if ready - first <= (1 if progress.stages else 0):
+            break
+        progress.stages += 1
+        await copier.ascending(first, ready)
+        first = ready
     return first
 
 
@@ -236,7 +174,7 @@ async def _hand_over(
         commit.cancel()
         raise
     progress.tokens = frozen.state.num_tokens
-    progress.bytes += frozen.nbytes
+    progress.tail_bytes = frozen.nbytes
     progress.generation = await commit
     progress.freeze_s = time.monotonic() - frozen_at
     await _quietly(source.release(order.migration_id))

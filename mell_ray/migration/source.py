@@ -17,6 +17,8 @@ from mell_ray.errors import ConflictError, MigrationError
 from mell_ray.migration.types import ChunkMeta, Frozen, MigrationOrder, TokenTail
 
 if TYPE_CHECKING:
+    import torch
+
     from mell_ray.engine import Engine
 
 
@@ -55,17 +57,42 @@ class MigrationSource:
         self._by_request[order.request_id] = order.migration_id
         return state
 
-    def stage(
+    def ready(
         self, engine: Engine, migration_id: str, first_block: int, max_blocks: int
-    ) -> tuple[ChunkMeta, np.ndarray]:
-        """Copy complete blocks from ``first_block`` on, at most ``max_blocks``, while decoding
-        goes on. Payload: 1-D uint8, blocks in order."""
+    ) -> ChunkMeta:
+        """Which complete blocks from ``first_block`` on there are, at most ``max_blocks``; they do
+        not change any more while the request decodes on."""
         outgoing = self._get(migration_id)
         _, computed = self._progress(engine, outgoing)
         ready = computed // engine.block_size
         count = max(0, min(ready - first_block, max_blocks))
-        payload = self._export(engine, outgoing, first_block, count)
-        return ChunkMeta(first_block, count, ready, payload.nbytes), payload
+        return ChunkMeta(first_block, count, ready, count * engine.block_nbytes)
+
+    def copy_out(
+        self, engine: Engine, migration_id: str, first_block: int, num_blocks: int, out: np.ndarray
+    ) -> None:
+        """Copy blocks that ``ready`` has named into ``out``, 1-D uint8 of their length.
+
+        Raises:
+            MigrationError: the request has ended, or was preempted and lost them.
+        """
+        request_id = self._complete(engine, migration_id, first_block + num_blocks)
+        engine.export_into(request_id, first_block, num_blocks, out)
+
+    def copy_on_device(
+        self, engine: Engine, migration_id: str, first_block: int, num_blocks: int
+    ) -> torch.Tensor:
+        """The same into new memory of the engine's device; see ``copy_out``."""
+        request_id = self._complete(engine, migration_id, first_block + num_blocks)
+        return engine.export_tensor(request_id, first_block, num_blocks)
+
+    def _complete(self, engine: Engine, migration_id: str, num_blocks: int) -> str:
+        """The request, if its first ``num_blocks`` blocks are complete."""
+        outgoing = self._get(migration_id)
+        _, computed = self._progress(engine, outgoing)
+        if num_blocks > computed // engine.block_size:
+            raise MigrationError(f"request {outgoing.order.request_id} was preempted")
+        return outgoing.order.request_id
 
     def tokens(self, engine: Engine, migration_id: str, start: int) -> TokenTail:
         outgoing = self._get(migration_id)
@@ -82,7 +109,7 @@ class MigrationSource:
         state = engine.freeze(outgoing.order.request_id)
         outgoing.frozen_at = time.monotonic()
         count = 0
-        if outgoing.order.mode == "kv":
+        if outgoing.order.mode != "token":
             count = max(0, -(-state.num_computed // engine.block_size) - first_block)
         payload = self._export(engine, outgoing, first_block, count)
         return Frozen(state, first_block, count, payload.nbytes), payload
@@ -107,12 +134,25 @@ class MigrationSource:
         engine.release(outgoing.order.request_id)
         return outgoing.order
 
-    def expire(self) -> None:
-        """Forget unfrozen migrations whose driver has gone silent; nothing else hangs on them."""
+    def expire(self) -> list[str]:
+        """Forget unfrozen migrations whose driver has gone silent; nothing else hangs on them.
+        Returns their ids."""
         now = time.monotonic()
-        for outgoing in list(self._by_id.values()):
-            if outgoing.frozen_at is None and outgoing.deadline < now:
-                self._drop(outgoing.order.migration_id)
+        late = [
+            migration_id
+            for migration_id, outgoing in self._by_id.items()
+            if outgoing.frozen_at is None and outgoing.deadline < now
+        ]
+        for migration_id in late:
+            self._drop(migration_id)
+        return late
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def peer(self, migration_id: str) -> str:
+        """The target. Raises MigrationError if the migration is not known."""
+        return self._get(migration_id).order.dst
 
     def overdue(self, freeze_s: float) -> list[MigrationOrder]:
         """Frozen migrations that nobody has ended for ``freeze_s``: the replica settles them with

@@ -50,7 +50,12 @@ class MigrationTarget:
             MigrationError: this migration was already settled as aborted.
         """
         self._refuse_ended(order.migration_id)
-        reservation = engine.reserve(order.migration_id, state, prefill=order.mode == "token")
+        reservation = engine.reserve(
+            order.migration_id,
+            state,
+            prefill=order.mode != "kv",
+            imports=order.mode != "token",
+        )
         self._incoming[order.migration_id] = Incoming(
             order, state.num_tokens, time.monotonic() + self._timeout_s
         )
@@ -69,6 +74,10 @@ class MigrationTarget:
         if fresh:
             engine.extend(migration_id, fresh)
             incoming.num_tokens += len(fresh)
+
+    def peer(self, migration_id: str) -> str:
+        """The source. Raises MigrationError if there is no such reservation."""
+        return self._touch(migration_id).order.src
 
     def progress(self, engine: Engine, migration_id: str) -> int:
         """Leading tokens whose KV is here. Raises MigrationError if the reservation is gone."""

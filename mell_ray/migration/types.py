@@ -7,7 +7,9 @@ from typing import Literal
 
 from mell_ray.engine.types import RequestState
 
-Mode = Literal["kv", "token"]
+# kv: blocks move. token: tokens move and the target prefills. hybrid: the target prefills from the
+# front while the last blocks arrive, until both meet.
+Mode = Literal["kv", "token", "hybrid"]
 Outcome = Literal["committed", "aborted", "gone"]
 Settlement = Literal["committed", "aborted"]
 
@@ -62,6 +64,7 @@ class MigrationResult:
 
     ``committed``: ``dst`` owns the request. ``aborted``: ``src`` still does. ``gone``: the request
     ended, or its source died, before a commit. ``freeze_s`` is from freeze to commit.
+    ``transport`` is what the last block moved by before the freeze, "" where none did.
     """
 
     order: MigrationOrder
@@ -75,3 +78,5 @@ class MigrationResult:
     seconds: float = 0.0
     freeze_s: float = 0.0
     finished_at: float = 0.0  # wall clock
+    transport: str = ""
+    fallbacks: int = 0  # transports that broke on the way

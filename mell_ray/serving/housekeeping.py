@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-# A frozen request emits nothing, so its client waits: settle soon, but not before a driver that
-# is merely slow has had its chance.
-FREEZE_LIMIT_S = 3.0
 SETTLE_TIMEOUT_S = 5.0
 # Running streams outlive the Router; a replica that still has some waits this many leases.
 BUSY_LEASES = 20
@@ -34,11 +31,14 @@ BUSY_LEASES = 20
 class Housekeeping(threading.Thread):
     """The replica's own clock."""
 
-    def __init__(self, replica: GPUReplica, namespace: str, lease_s: float) -> None:
+    def __init__(
+        self, replica: GPUReplica, namespace: str, lease_s: float, freeze_limit_s: float
+    ) -> None:
         super().__init__(name="mell-housekeeping", daemon=True)
         self._replica = replica
         self._namespace = namespace
         self._lease_s = lease_s
+        self._freeze_limit_s = freeze_limit_s
         self._renewed = time.monotonic()
 
     def renew_lease(self) -> None:
@@ -49,7 +49,7 @@ class Housekeeping(threading.Thread):
             time.sleep(PERIOD_S)
             try:
                 self._replica.expire()
-                for order in self._replica.overdue(FREEZE_LIMIT_S):
+                for order in self._replica.overdue(self._freeze_limit_s):
                     self._settle(order)
                 self._check_lease()
             except RuntimeError as error:

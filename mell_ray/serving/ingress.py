@@ -154,7 +154,7 @@ class Ingress:
 
     @app.get("/mell/v1/migrations", **route())
     async def migrations(self) -> Response:
-        return JSONResponse({"migrations": await self._router.call("migrations")})
+        return JSONResponse(await self._router.call("migrations"))
 
     @app.post(
         "/mell/v1/requests/{request_id}/migrate",
@@ -171,8 +171,10 @@ class Ingress:
         _refuse_unknown(body, {"to", "mode"})
         if to is not None and not isinstance(to, str):
             raise InvalidRequestError("'to': must be a replica id or null", param="to")
-        if mode not in ("kv", "token", "auto"):
-            raise InvalidRequestError("'mode': must be 'kv', 'token' or 'auto'", param="mode")
+        if mode not in ("kv", "token", "hybrid", "auto"):
+            raise InvalidRequestError(
+                "'mode': must be 'kv', 'token', 'hybrid' or 'auto'", param="mode"
+            )
         return JSONResponse(await self._router.call("migrate", request_id, to, mode))
 
     @app.post("/mell/v1/replicas/{replica_id}/evacuate", **route(404, 409, status=202))

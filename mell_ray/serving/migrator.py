@@ -6,10 +6,10 @@ replicas, and the Router retries what it still wants.
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import logging
+import time
 from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import ray
@@ -18,7 +18,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from mell_ray.config import MellSettings
 from mell_ray.engine.types import RequestState, Reservation
 from mell_ray.errors import MigrationError
-from mell_ray.migration.driver import DriverLimits, Payload, PeerDied, migrate
+from mell_ray.migration.budget import Budgets, Slots
+from mell_ray.migration.driver import DriverLimits, migrate
+from mell_ray.migration.faults import Faults, fault_point
+from mell_ray.migration.peers import Payload, PeerDied
+from mell_ray.migration.transports import Endpoint, LinkTable
+from mell_ray.migration.transports.base import Ticket, TransportName
 from mell_ray.migration.types import (
     ChunkMeta,
     Frozen,
@@ -29,12 +34,14 @@ from mell_ray.migration.types import (
 )
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.ray_errors import unwrap
+from mell_ray.serving.wire import ReplicaInfo
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-REMEMBERED_RESULTS = 1000
+# Of these a replica must do one thing at a time: two communicators on one GPU may block each other.
+ALONE: frozenset[TransportName] = frozenset({"nccl"})
 
 
 async def _ask(call: Awaitable[T]) -> T:
@@ -56,18 +63,36 @@ class RaySource:
     """The source replica as the driver sees it. Payloads are object references owned here; they
     are freed as soon as the target has taken them in."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, faults: Faults) -> None:
         self._actor = actor
+        self.faults = faults
 
+    @fault_point("migrator.begin")
     async def begin(self, order: MigrationOrder) -> RequestState:
         return await _ask(self._actor.mig_begin.remote(order))
 
-    def stage(
-        self, migration_id: str, first_block: int, max_blocks: int
-    ) -> tuple[Awaitable[ChunkMeta], Payload]:
-        meta, payload = self._actor.mig_stage.remote(migration_id, first_block, max_blocks)
-        return _ask(meta), payload
+    async def offer(self, transport: TransportName, peer: str) -> Ticket:
+        return await _ask(self._actor.mig_offer.remote(transport, peer))
 
+    async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None:
+        await _ask(self._actor.mig_join.remote(transport, peer, ticket, True))
+
+    async def abort_link(self, transport: TransportName, peer: str) -> None:
+        await _ask(self._actor.mig_abort_link.remote(transport, peer))
+
+    def stage(
+        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+    ) -> tuple[Awaitable[ChunkMeta], Payload]:
+        meta, payload = self._actor.mig_stage.remote(
+            migration_id, first_block, max_blocks, transport
+        )
+        return self._staged(meta), payload
+
+    @fault_point("migrator.stage")
+    async def _staged(self, meta: Awaitable[ChunkMeta]) -> ChunkMeta:
+        return await _ask(meta)
+
+    @fault_point("migrator.tokens")
     async def tokens(self, migration_id: str, start: int) -> TokenTail:
         return await _ask(self._actor.mig_tokens.remote(migration_id, start))
 
@@ -75,12 +100,17 @@ class RaySource:
         self, migration_id: str, first_block: int
     ) -> tuple[Awaitable[Frozen], Payload, Payload]:
         frozen, payload = self._actor.mig_freeze.remote(migration_id, first_block)
-        return _ask(frozen), frozen, payload
+        return self._frozen(frozen), frozen, payload
+
+    @fault_point("migrator.freeze")
+    async def _frozen(self, frozen: Awaitable[Frozen]) -> Frozen:
+        return await _ask(frozen)
 
     async def thaw(self, migration_id: str) -> None:
         if not await _ask(self._actor.mig_thaw.remote(migration_id)):
             raise MigrationError("the request has ended")
 
+    @fault_point("migrator.release")
     async def release(self, migration_id: str) -> None:
         await _ask(self._actor.mig_release.remote(migration_id))
 
@@ -88,26 +118,65 @@ class RaySource:
 class RayTarget:
     """The target replica as the driver sees it."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, faults: Faults) -> None:
         self._actor = actor
+        self.faults = faults
 
+    @fault_point("migrator.reserve")
     async def reserve(self, order: MigrationOrder, state: RequestState) -> Reservation:
         return await _ask(self._actor.mig_reserve.remote(order, state))
 
-    async def receive(self, migration_id: str, first_block: int, payload: Payload) -> None:
-        await _ask(self._actor.mig_receive.remote(migration_id, first_block, payload))
+    async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None:
+        await _ask(self._actor.mig_join.remote(transport, peer, ticket, False))
 
+    async def abort_link(self, transport: TransportName, peer: str) -> None:
+        await _ask(self._actor.mig_abort_link.remote(transport, peer))
+
+    @fault_point("migrator.receive")
+    async def receive(
+        self, migration_id: str, first_block: int, payload: Payload, transport: TransportName
+    ) -> int:
+        return await _ask(
+            self._actor.mig_receive.remote(migration_id, first_block, payload, transport)
+        )
+
+    @fault_point("migrator.extend")
     async def extend(self, migration_id: str, tail: TokenTail) -> None:
         await _ask(self._actor.mig_extend.remote(migration_id, tail))
 
     async def wait_progress(self, migration_id: str, num_tokens: int) -> int:
         return await _ask(self._actor.mig_wait_progress.remote(migration_id, num_tokens))
 
+    @fault_point("migrator.commit")
     async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> int:
         return await _ask(self._actor.mig_commit.remote(migration_id, frozen, payload))
 
     async def settle(self, migration_id: str) -> Settlement:
         return await _ask(self._actor.mig_settle.remote(migration_id))
+
+
+class LinkWay:
+    """The way between two replicas, as all of this Migrator's migrations share it."""
+
+    def __init__(self, links: LinkTable, budgets: Budgets, src: Endpoint, dst: Endpoint) -> None:
+        self._links = links
+        self._budgets = budgets
+        self._ends = (src, dst)
+
+    def transports(self) -> list[TransportName]:
+        return self._links.ranked(*self._ends, time.monotonic())
+
+    def worked(self, transport: TransportName, nbytes: int, seconds: float) -> None:
+        self._links.worked(*self._ends, transport, nbytes, seconds)
+
+    def failed(self, transport: TransportName) -> None:
+        pause = self._links.failed(*self._ends, transport, time.monotonic())
+        logger.warning("%s is left alone for %.0f s", transport, pause)
+
+    def chunk(self, transport: TransportName, nbytes: int) -> AbstractAsyncContextManager[None]:
+        src, dst = self._ends
+        alone = transport in ALONE
+        return self._budgets.chunk(src.replica_id, dst.replica_id, nbytes, alone=alone)
 
 
 class Migrator:
@@ -117,18 +186,22 @@ class Migrator:
         self._settings = MellSettings.model_validate(settings)
         configure_logging(self._settings.log_level)
         config = self._settings.migration
-        self._limits = DriverLimits(max_stages=config.max_stages, timeout_s=config.timeout_s)
-        self._slots = asyncio.Semaphore(config.max_concurrent)
-        self._results: collections.deque[MigrationResult] = collections.deque(
-            maxlen=REMEMBERED_RESULTS
+        self._limits = DriverLimits(
+            max_stages=config.max_stages,
+            chunk_bytes=config.chunk_bytes,
+            timeout_s=config.timeout_s,
         )
+        self._slots = Slots(config.max_concurrent, config.max_concurrent_per_replica)
+        self._links = LinkTable(config.transports)
+        self._budgets = Budgets(config.buffer_bytes, config.max_bytes_per_s)
+        self._faults = Faults.from_environment()
 
     async def migrate(
-        self, order: MigrationOrder, namespace: str, block_size: int, block_nbytes: int
+        self, order: MigrationOrder, namespace: str, src: ReplicaInfo, dst: ReplicaInfo
     ) -> MigrationResult:
         """Run one migration between replicas of ``namespace``; its result says who owns the
         request now."""
-        async with self._slots:
+        async with self._slots.between(order.src, order.dst):
             try:
                 source = ray.get_actor(order.src, namespace=namespace)
                 target = ray.get_actor(order.dst, namespace=namespace)
@@ -137,11 +210,12 @@ class Migrator:
             else:
                 result = await migrate(
                     order,
-                    RaySource(source),
-                    RayTarget(target),
-                    block_size=block_size,
-                    block_nbytes=block_nbytes,
+                    RaySource(source, self._faults),
+                    RayTarget(target, self._faults),
+                    block_size=src.block_size,
+                    block_nbytes=src.block_nbytes,
                     limits=self._limits,
+                    way=LinkWay(self._links, self._budgets, src.endpoint(), dst.endpoint()),
                 )
         logger.info(
             "migration %s of %s %s -> %s (%s, %s): %s %s",
@@ -154,9 +228,4 @@ class Migrator:
             result.outcome,
             result.detail,
         )
-        self._results.append(result)
         return result
-
-    async def results(self) -> list[MigrationResult]:
-        """The most recent migrations, oldest first."""
-        return list(self._results)

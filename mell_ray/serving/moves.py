@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from mell_ray.migration.types import MigrationOrder, MigrationResult
+from mell_ray.migration.records import MigrationLog
+from mell_ray.migration.types import MigrationOrder, MigrationResult, Mode
 from mell_ray.scheduler.events import Migrate, MigrationDone, MigrationFailed
 from mell_ray.serving.books import Entry
 from mell_ray.serving.core import Core
 
 MIGRATOR = "migrator"
+OPERATOR = "operator"  # the scheduler's reason for a move that was asked for
 
 
 class Moves:
@@ -24,6 +25,7 @@ class Moves:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._running: dict[str, asyncio.Task[MigrationResult]] = {}
+        self.log = MigrationLog()
 
     def running(self, request_id: str) -> asyncio.Task[MigrationResult] | None:
         return self._running.get(request_id)
@@ -38,7 +40,7 @@ class Moves:
             request_id=decision.request,
             src=decision.src,
             dst=decision.dst,
-            mode="token" if decision.mode == "token" else "kv",
+            mode=self._mode(decision),
             reason=decision.reason,
         )
         entry.migrating_to = decision.dst
@@ -46,22 +48,24 @@ class Moves:
         self._running[decision.request] = task
         task.add_done_callback(lambda _: self._running.pop(decision.request, None))
 
-    async def results(self) -> list[MigrationResult]:
-        """The most recent migrations, oldest first."""
-        return await serve.get_deployment_actor(MIGRATOR).results.remote()
+    def _mode(self, decision: Migrate) -> Mode:
+        """An operator's choice and the scheduler's stand, unless hybrid is what is configured for
+        all: the scheduler then decides between the modes that it can price."""
+        forced = self._core.settings.migration.mode == "hybrid" and decision.reason != OPERATOR
+        return "hybrid" if forced else decision.mode
 
     async def _run(self, order: MigrationOrder, entry: Entry) -> MigrationResult:
-        source = self._core.fleet.replicas.get(order.src)
+        source, target = (self._core.fleet.replicas.get(name) for name in (order.src, order.dst))
         try:
-            if source is None or source.info is None:
-                result = MigrationResult(order, "aborted", detail="the source is gone")
+            if source is None or source.info is None or target is None or target.info is None:
+                result = MigrationResult(order, "aborted", detail="a replica is gone")
             else:
                 migrator = serve.get_deployment_actor(MIGRATOR)
                 result = await migrator.migrate.remote(
                     order,
                     self._core.fleet.namespace,
-                    source.info.block_size,
-                    source.info.block_nbytes,
+                    source.info,
+                    target.info,
                 )
         except (RayActorError, RayTaskError, ValueError) as error:
             # Reports will tell who owns the request.
@@ -71,6 +75,7 @@ class Moves:
 
     def _ended(self, result: MigrationResult, entry: Entry) -> None:
         self._core.on_migrated(result)
+        self.log.add(result)
         order, book = result.order, self._core.books[entry.model_id]
         current = book.get(order.request_id) is entry
         if current:
@@ -89,31 +94,8 @@ class Moves:
                 order.src,
                 order.dst,
                 order.mode,
-                result.tokens,
+                result.tokens - result.cached_tokens,
                 result.bytes,
                 result.seconds,
             )
         )
-
-
-def migration_dict(result: MigrationResult) -> dict[str, Any]:
-    """A migration as the operator API shows it."""
-    order = result.order
-    return {
-        "id": order.migration_id,
-        "request": order.request_id,
-        "from": order.src,
-        "to": order.dst,
-        "mode": order.mode,
-        "reason": order.reason,
-        "outcome": result.outcome,
-        "detail": result.detail,
-        "stages": result.stages,
-        "bytes": result.bytes,
-        "tokens": result.tokens,
-        "cached_tokens": result.cached_tokens,
-        "generation": result.generation,
-        "seconds": round(result.seconds, 6),
-        "freeze_seconds": round(result.freeze_s, 6),
-        "finished_at": result.finished_at,
-    }

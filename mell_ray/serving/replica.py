@@ -21,8 +21,10 @@ import ray
 from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import EngineStats, RequestState, Reservation, StepOutput
 from mell_ray.errors import ConflictError, FencedError
+from mell_ray.migration.faults import Faults, fault_point
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.transports.base import Parcel, Ticket, TransportName
 from mell_ray.migration.types import (
     ChunkMeta,
     Frozen,
@@ -36,6 +38,7 @@ from mell_ray.observability.spans import EngineSpans
 from mell_ray.observability.tracing import make_tracer
 from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.logs import configure_logging
+from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
 from mell_ray.serving.wire import (
     Evicted,
@@ -78,6 +81,8 @@ class GPUReplica:
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
         self._source = MigrationSource(spec.migration.timeout_s)
         self._target = MigrationTarget(spec.migration.timeout_s)
+        self._mover = Mover(self.in_engine, self._source, self._target, spec)
+        self.faults = Faults.from_environment()
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
         self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
@@ -90,12 +95,15 @@ class GPUReplica:
         self._meter = ReplicaMeter(recorder, spec.llm.model_id, spec.replica_id, born)
         self._spans = EngineSpans(make_tracer(spec.tracing, "replica"), spec.replica_id)
         self._loop.start()
-        self._housekeeping = Housekeeping(self, spec.namespace, spec.lease_s)
+        self._housekeeping = Housekeeping(
+            self, spec.namespace, spec.lease_s, spec.migration.freeze_limit_s
+        )
         self._housekeeping.start()
 
     # --- engine thread ---------------------------------------------------------------------
 
     def _on_step(self, output: StepOutput) -> None:
+        self._mover.stepped(output)
         self._step = StepSample(
             output.num_decode_tokens + (output.num_prefill_tokens > 0),
             output.num_resident_tokens,
@@ -205,6 +213,8 @@ class GPUReplica:
             max_model_len=engine.max_model_len,
             max_num_seqs=spec.llm.engine_kwargs.max_num_seqs,
             config_hash=spec.config_hash,
+            gpu_uuid=self._mover.gpu_uuid,
+            transports=tuple(self._mover.transports),
         )
 
     @_control
@@ -274,8 +284,9 @@ class GPUReplica:
         self._incarnation = incarnation
         self._housekeeping.renew_lease()
 
-    # --- control: migration, source side ---------------------------------------------------
+    # --- control: migration ----------------------------------------------------------------
 
+    @fault_point("source.begin")
     @_control
     async def mig_begin(self, order: MigrationOrder) -> RequestState:
         def begin(engine: Engine) -> RequestState:
@@ -287,33 +298,52 @@ class GPUReplica:
 
         return await self.in_engine(begin)
 
+    @fault_point("source.offer")
+    @_control
+    async def mig_offer(self, transport: TransportName, peer: str) -> Ticket:
+        return self._mover.transports[transport].offer(peer)
+
+    @fault_point("join")
+    @_control
+    async def mig_join(
+        self, transport: TransportName, peer: str, ticket: Ticket, is_source: bool
+    ) -> None:
+        await self._mover.join(transport, peer, ticket, is_source=is_source)
+
+    @_control
+    async def mig_abort_link(self, transport: TransportName, peer: str) -> None:
+        self._mover.transports[transport].abort(peer)
+
+    @fault_point("source.stage")
     @_control_pair
     async def mig_stage(
-        self, migration_id: str, first_block: int, max_blocks: int
-    ) -> tuple[ChunkMeta, np.ndarray]:
-        return await self.in_engine(
-            lambda e: self._source.stage(e, migration_id, first_block, max_blocks)
-        )
+        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+    ) -> tuple[ChunkMeta, Parcel]:
+        return await self._mover.send(migration_id, first_block, max_blocks, transport)
 
+    @fault_point("source.tokens")
     @_control
     async def mig_tokens(self, migration_id: str, start: int) -> TokenTail:
         return await self.in_engine(lambda e: self._source.tokens(e, migration_id, start))
 
+    @fault_point("source.freeze")
     @_control_pair
     async def mig_freeze(self, migration_id: str, first_block: int) -> tuple[Frozen, np.ndarray]:
         return await self.in_engine(lambda e: self._source.freeze(e, migration_id, first_block))
 
+    @fault_point("source.thaw")
     @_control
     async def mig_thaw(self, migration_id: str) -> bool:
-        return await self.in_engine(lambda e: self._source.thaw(e, migration_id))
+        return await self.in_engine(lambda e: self._mover.thaw(e, migration_id))
 
+    @fault_point("source.release")
     @_control
     async def mig_release(self, migration_id: str) -> None:
         await self.in_engine(lambda e: self.release_moved(e, migration_id))
 
     def release_moved(self, engine: Engine, migration_id: str) -> None:
         """In the engine thread: the target owns the request; tell its ingress and forget it."""
-        order = self._source.release(engine, migration_id)
+        order = self._mover.release(engine, migration_id)
         if order is None:
             return
         self._spans.left(order.request_id, "moved")
@@ -322,8 +352,7 @@ class GPUReplica:
             self._outbox(ingress).put(notices=[Moved(order.request_id, order.dst)])
         self._notify_router()
 
-    # --- control: migration, target side ---------------------------------------------------
-
+    @fault_point("target.reserve")
     @_control
     async def mig_reserve(self, order: MigrationOrder, state: RequestState) -> Reservation:
         def reserve(engine: Engine) -> Reservation:
@@ -333,14 +362,19 @@ class GPUReplica:
 
         return await self.in_engine(reserve)
 
+    @fault_point("target.receive")
     @_control
-    async def mig_receive(self, migration_id: str, first_block: int, payload: np.ndarray) -> None:
-        await self.in_engine(lambda e: self._target.receive(e, migration_id, first_block, payload))
+    async def mig_receive(
+        self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
+    ) -> int:
+        return await self._mover.receive(migration_id, first_block, parcel, transport)
 
+    @fault_point("target.extend")
     @_control
     async def mig_extend(self, migration_id: str, tail: TokenTail) -> None:
         await self.in_engine(lambda e: self._target.extend(e, migration_id, tail))
 
+    @fault_point("target.wait_progress")
     @_control
     async def mig_wait_progress(self, migration_id: str, num_tokens: int) -> int:
         """Wait until the reservation's KV reaches ``num_tokens - 1`` tokens (the last one is
@@ -351,6 +385,7 @@ class GPUReplica:
                 return have
             await asyncio.sleep(PROGRESS_POLL_S)
 
+    @fault_point("target.commit")
     @_control
     async def mig_commit(self, migration_id: str, frozen: Frozen, payload: np.ndarray) -> int:
         def commit(engine: Engine) -> int:
@@ -361,6 +396,7 @@ class GPUReplica:
 
         return await self.in_engine(commit)
 
+    @fault_point("target.settle")
     @_control
     async def mig_settle(self, migration_id: str) -> Settlement:
         return await self.in_engine(lambda e: self._target.settle(e, migration_id))
@@ -374,8 +410,7 @@ class GPUReplica:
         gone = {name for name, box in list(self._outboxes.items()) if box.last_seen < deadline}
 
         def drop(engine: Engine) -> EngineStats:
-            self._source.expire()
-            self._target.expire(engine)
+            self._mover.expire(engine)
             for request_id, ingress in list(self._ingress_of.items()):
                 if ingress in gone:
                     logger.warning("ingress %s is gone: dropping %s", ingress, request_id)
@@ -398,4 +433,4 @@ class GPUReplica:
         if settlement == "committed":
             self._loop.call(lambda e: self.release_moved(e, migration_id)).result()
         else:
-            self._loop.call(lambda e: self._source.thaw(e, migration_id)).result()
+            self._loop.call(lambda e: self._mover.thaw(e, migration_id)).result()

@@ -14,6 +14,7 @@ from ray import serve
 
 from mell_ray.config import MellConfig
 from mell_ray.errors import ConflictError, NotFoundError, ServerError
+from mell_ray.migration.records import MigrationRecord
 from mell_ray.observability.pulse import Pulse
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.scheduler.events import (
@@ -31,10 +32,11 @@ from mell_ray.scheduler.events import (
 from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import Replica
 from mell_ray.serving.logs import configure_logging
-from mell_ray.serving.moves import Moves, migration_dict
+from mell_ray.serving.moves import Moves
 from mell_ray.serving.observer import Observer
 from mell_ray.serving.placement import Placement
 from mell_ray.serving.snapshot import state_snapshot
+from mell_ray.serving.track import Stall
 from mell_ray.serving.watch import Watch
 from mell_ray.serving.wire import Lease, PlaceRequest
 
@@ -46,6 +48,7 @@ class Router:
         configure_logging(config.mell.log_level)
         core = self._core = Core(config, serve.get_replica_context().app_name)
         self._moves = Moves(core)
+        self._violations = 0
         self._placement = Placement(core, self._look_into)
         self._watch = Watch(core, self._placement.refuse_model)
         core.carry_out = self._carry_out
@@ -132,15 +135,29 @@ class Router:
     async def state(self) -> dict[str, Any]:
         """Every replica and request, as the replicas see them now."""
         await self._watch.poll_all()
-        return state_snapshot(self._core.fleet.replicas.values(), self._placement.waiting())
+        state = state_snapshot(self._core.fleet.replicas.values(), self._placement.waiting())
+        return state | {"exactly_once_violations": self._violations}
 
     async def page_data(self) -> bytes:
         """JSON for the status page."""
         return self._observer.page_data()
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        """The most recent migrations, oldest first."""
-        return [migration_dict(result) for result in await self._moves.results()]
+    async def migrations(self) -> dict[str, Any]:
+        """The most recent migrations, oldest first, and sums by mode over all of them since this
+        Router started."""
+        log = self._moves.log
+        return {"migrations": log.recent(), "totals": log.totals_dict()}
+
+    async def handed_over(self, stalls: list[Stall]) -> None:
+        """What an ingress has seen of hand-overs to other replicas."""
+        for stall in stalls:
+            self._moves.log.stalled(
+                stall.request_id, stall.generation, stall.seconds, stall.median_gap_s
+            )
+
+    async def violated(self, count: int) -> None:
+        """An ingress has refused that many deltas that broke the ownership rules."""
+        self._violations += count
 
     async def migrate(self, request_id: str, to: str | None, mode: str) -> dict[str, Any]:
         """Move one request and wait for the outcome.
@@ -165,7 +182,7 @@ class Router:
         if task is None:
             where = f"on replica {to!r}" if to else "on any other replica"
             raise ConflictError(f"there is no room for request {request_id!r} {where}")
-        return migration_dict(await asyncio.shield(task))
+        return MigrationRecord(await asyncio.shield(task)).to_dict()
 
     async def evacuate(self, replica_id: str) -> dict[str, Any]:
         """Empty a replica by migration and release it; returns at once."""

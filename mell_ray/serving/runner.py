@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
@@ -227,11 +228,16 @@ class Runner:
                 if accepted.token_ids:
                     self._delivered(live, replica_id, delta[1], len(accepted.token_ids))
                 live.events.put_nowait(accepted)
+                stall = live.track.came(time.monotonic()) if accepted.token_ids else None
+                if stall is not None:
+                    self._links.spawn(self._router.call("handed_over", [stall]))
             elif delta[5] is None and live.track.is_ahead(delta):
                 strays.append(delta[0])
             if live.track.violations > before:
                 self._meter.violated(live.job.model_id)
-                logger.error("exactly-once violated: %s by %s", delta[0], replica_id)
+                what = live.track.last_violation
+                logger.error("exactly-once violated: %s by %s (%s)", delta[0], replica_id, what)
+                self._links.spawn(self._router.call("violated", 1))
         if strays:
             self._links.cancel(replica_id, strays)
         for notice in item.notices:

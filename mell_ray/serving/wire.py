@@ -17,6 +17,7 @@ from mell_ray.engine.types import (
     TokenDelta,
     TokenLogprobs,
 )
+from mell_ray.migration.transports.base import OBJECTS, Endpoint, TransportName
 
 ReplicaState = Literal["starting", "ready", "draining"]
 
@@ -104,6 +105,12 @@ class ReplicaInfo:
     max_model_len: int
     max_num_seqs: int
     config_hash: str
+    gpu_uuid: str = ""  # of the physical GPU
+    transports: tuple[TransportName, ...] = (OBJECTS,)  # by which blocks can reach it
+
+    def endpoint(self) -> Endpoint:
+        """Where it is, for the choice of a transport."""
+        return Endpoint(self.replica_id, self.node_id, self.device, self.gpu_uuid, self.transports)
 
 
 @dataclass(frozen=True, slots=True)

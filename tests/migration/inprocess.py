@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from mell_ray.config import EngineConfig
 from mell_ray.engine import Engine, load_model
 from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import RequestState, SamplingParams, StepOutput
-from mell_ray.migration.driver import PeerDied
+from mell_ray.migration.peers import PeerDied
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.transports.objects import ObjectTransport
 from mell_ray.migration.types import Frozen
 from mell_ray.serving.track import Track
 from mell_ray.serving.wire import encode_delta
@@ -84,6 +86,7 @@ class Node:
         self.loop = EngineLoop(self.engine, self._on_step, lambda: None)
         self.source = MigrationSource(self.timeout_s)
         self.target = MigrationTarget(self.timeout_s)
+        self.transports: dict[str, Any] = {"objects": ObjectTransport()}
         self.loop.start()
 
     def _on_step(self, output: StepOutput) -> None:
@@ -111,12 +114,33 @@ class SourceEnd:
     async def begin(self, order):
         return await self._node.call(lambda e: self._node.source.begin(e, order))
 
-    def stage(self, migration_id, first_block, max_blocks):
-        both = asyncio.ensure_future(
-            self._node.call(
-                lambda e: self._node.source.stage(e, migration_id, first_block, max_blocks)
-            )
-        )
+    async def offer(self, transport, peer):
+        return self._node.transports[transport].offer(peer)
+
+    async def join(self, transport, peer, ticket):
+        await self._node.transports[transport].join(peer, ticket, is_source=True, timeout_s=5)
+
+    async def abort_link(self, transport, peer):
+        self._node.transports[transport].abort(peer)
+
+    def stage(self, migration_id, first_block, max_blocks, transport):
+        node = self._node
+
+        def gather(engine):
+            meta = node.source.ready(engine, migration_id, first_block, max_blocks)
+            data = np.empty(meta.nbytes, np.uint8)
+            if meta.num_blocks:
+                node.source.copy_out(engine, migration_id, first_block, meta.num_blocks, data)
+            return meta, data
+
+        async def act():
+            self._faults.before("stage")
+            meta, data = await node.call(gather)
+            parcel = await node.transports[transport].send_blocks("peer", data, 5)
+            self._faults.after("stage")
+            return meta, parcel
+
+        both = asyncio.ensure_future(act())
         return _part(both, 0), _part(both, 1)
 
     async def tokens(self, migration_id, start):
@@ -159,11 +183,22 @@ class TargetEnd:
     async def reserve(self, order, state):
         return await self._do("reserve", lambda e: self._node.target.reserve(e, order, state))
 
-    async def receive(self, migration_id, first_block, payload):
-        data: np.ndarray = await payload
-        await self._do(
-            "receive", lambda e: self._node.target.receive(e, migration_id, first_block, data)
-        )
+    async def join(self, transport, peer, ticket):
+        await self._node.transports[transport].join(peer, ticket, is_source=False, timeout_s=5)
+
+    async def abort_link(self, transport, peer):
+        self._node.transports[transport].abort(peer)
+
+    async def receive(self, migration_id, first_block, payload, transport):
+        parcel = await payload
+        data = await self._node.transports[transport].recv_blocks("peer", parcel, 5)
+        target = self._node.target
+
+        def scatter(engine):
+            target.receive(engine, migration_id, first_block, data)
+            return target.progress(engine, migration_id)
+
+        return await self._do("receive", scatter)
 
     async def extend(self, migration_id, tail):
         await self._do("extend", lambda e: self._node.target.extend(e, migration_id, tail))
@@ -206,4 +241,6 @@ def _part(future, index):
     async def get():
         return (await asyncio.shield(future))[index]
 
-    return asyncio.ensure_future(get())
+    part = asyncio.ensure_future(get())
+    part.add_done_callback(lambda done: done.cancelled() or done.exception())  # as Ray: no noise
+    return part

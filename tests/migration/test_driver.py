@@ -85,7 +85,11 @@ async def finish(nodes: tuple[Node, Node]) -> list[int]:
     return track.token_ids
 
 
-@pytest.mark.parametrize("modes", [("kv",), ("token",), ("kv", "token", "kv", "token", "kv")])
+@pytest.mark.parametrize(
+    "modes",
+    [("kv",), ("token",), ("hybrid",), ("kv", "token", "hybrid", "kv", "hybrid", "token")],
+    ids="-".join,
+)
 async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> None:
     temperature, tokens = expected
     await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
@@ -100,7 +104,7 @@ async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> 
     assert await finish(pair) == tokens
 
 
-@pytest.mark.parametrize("mode", ["kv", "token"])
+@pytest.mark.parametrize("mode", ["kv", "token", "hybrid"])
 async def test_logprobs_move_with_their_tokens(pair, mode) -> None:
     await pair[0].submit(request("still", PROMPT, 80, logprobs=2))
     await until(lambda: pair[0].tracks["still"].finished, "no progress")
@@ -254,6 +258,34 @@ async def test_silent_driver_leaves_nothing_behind() -> None:
         again = await move(SourceEnd(nodes[0]), TargetEnd(nodes[1]), order("a", "b", "kv"))
         assert again.outcome == "committed"
         await finish(nodes)
+    finally:
+        for node in nodes:
+            node.stop()
+
+
+async def test_request_preempted_while_it_moves(expected) -> None:
+    """The source takes its blocks away in the middle: nothing half copied may be used."""
+    temperature, tokens = expected
+    tracks: dict = {}
+    # Room for one of the two to the end, and some of the other.
+    nodes = Node("a", tracks, EngineConfig(num_gpu_blocks_override=26)), Node("b", tracks)
+    try:
+        await nodes[0].submit(request("old", PROMPT, LENGTH))
+        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature))
+        await until(lambda: len(tracks["r"].token_ids) >= 30, "no progress")
+
+        def wait_for_preemption(name: str) -> None:
+            deadline = time.monotonic() + 60
+            while (
+                name == "stage" and not nodes[0].loop.call(lambda e: e.stats()).result().preemptions
+            ):
+                assert time.monotonic() < deadline, "no preemption"
+
+        source = SourceEnd(nodes[0], Faults(after=wait_for_preemption))
+        result = await move(source, TargetEnd(nodes[1]), order("a", "b", "kv"), 60.0)
+        assert result.outcome in ("aborted", "committed")
+        await until(lambda: tracks["old"].finished, "no progress")
+        assert await finish(nodes) == tokens
     finally:
         for node in nodes:
             node.stop()

@@ -17,6 +17,8 @@ os.environ.update(
     RAY_SERVE_LOG_TO_STDERR="0",
     RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.02",
     RAY_USAGE_STATS_ENABLED="0",
+    # Where tests of migrations put the faults that are to strike; see mell_ray.migration.faults.
+    MELL_RAY_FAULTS=tempfile.mkdtemp(prefix="mell-faults-"),
     RAY_metrics_report_interval_ms="1000",
 )
 
@@ -125,6 +127,7 @@ def cluster() -> Iterator[str]:
     serve.shutdown()
     ray.shutdown()
     shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(os.environ["MELL_RAY_FAULTS"], ignore_errors=True)
 
 
 def settings(

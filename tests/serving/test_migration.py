@@ -16,7 +16,7 @@ from mell_ray.builtin import MODEL_ID
 from tests.serving.conftest import App
 
 LENGTH = 400
-MODES = ["kv", "token", "kv", "token", "kv"]
+MODES = ["kv", "token", "hybrid", "token", "kv"]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +112,22 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
             return await asyncio.gather(*(read(client, app, o) for o in [main, *others]))
 
     text, results, texts = asyncio.run(moved())
-    assert [result["outcome"] for result in results] == ["committed"] * 5
+    assert [result["outcome"] for result in results] == ["committed"] * 5, results
     assert [result["mode"] for result in results] == MODES
     assert results[-1]["generation"] == 6
     assert len({result["to"] for result in results}) == 2
+    told = httpx.get(f"{app.url}/mell/v1/migrations").json()
+    by_id = {record["id"]: record for record in told["migrations"]}
+    for result in results:
+        record = by_id[result["id"]]
+        assert record["stall_seconds"] > 0
+        assert record["stall_gaps"] > 0
+    assert by_id[results[0]["id"]]["transport"] == "objects"
+    assert {mode: told["totals"][mode]["committed"] for mode in set(MODES)} >= {"hybrid": 1}
     expected = asyncio.run(still())
     assert text == expected[0]
     assert texts == expected[1:]
+    assert app.state()["exactly_once_violations"] == 0
     app.wait_idle()
 
 

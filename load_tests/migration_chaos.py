@@ -1,0 +1,270 @@
+"""Chaos: migrations with random faults under load; every client's text is compared.
+
+    python load_tests/migration_chaos.py --migrations 1000 --minutes 10 --out chaos.json
+
+Starts Ray and Serve on this machine, keeps streams of the built-in model running, moves them at
+random, and arms a random fault for every second migration: processes killed, messages lost, late
+or refused, at any message of the protocol. Ends when so many migrations have ended, or the time is
+over. Each prompt is generated once undisturbed, before anything happens; a stream whose text
+differs from that, or that fails, is counted. Exits with 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="mc", dir="/tmp"))
+FAULTS = SCRATCH / "faults"
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_SERVE_LOG_TO_STDERR="0",
+    RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.02",
+    MELL_RAY_FAULTS=str(FAULTS),
+)
+
+import httpx  # noqa: E402
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
+
+from mell_ray.builtin import MODEL_ID  # noqa: E402
+from mell_ray.serving import build_openai_app  # noqa: E402
+
+APP = "chaos"
+TIMEOUT_S = 2.0
+LENGTH = 200
+PROMPTS = [f"Chapter {i}. It was a truth that" for i in range(1, 25)]
+MODES = ("kv", "token", "hybrid")
+SOURCE = ("begin", "stage", "tokens", "freeze", "release", "thaw")
+TARGET = ("reserve", "receive", "extend", "wait_progress", "commit", "settle")
+MIGRATOR = ("begin", "reserve", "stage", "receive", "freeze", "commit", "release")
+ACTIONS = ("lose", "delay 0.3", f"delay {1.5 * TIMEOUT_S}", "fail", "break")
+
+
+class Chaos:
+    def __init__(self, url: str, options: argparse.Namespace) -> None:
+        self._url = url
+        self._options = options
+        self._random = random.Random(options.seed)
+        self._client = httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=128))
+        self._expected: dict[str, str] = {}
+        self._live: dict[str, None] = {}
+        self._armed: dict[str, str] = {}
+        self._stop = False
+        self.streams = 0
+        self.wrong: list[dict[str, Any]] = []
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.struck: collections.Counter[str] = collections.Counter()
+
+    async def run(self) -> dict[str, Any]:
+        for prompt in PROMPTS:
+            self._expected[prompt] = await self._generate(prompt)
+        started = time.monotonic()
+        deadline = started + 60 * self._options.minutes
+        clients = [asyncio.create_task(self._client_loop()) for _ in range(self._options.streams)]
+        movers = [asyncio.create_task(self._move_loop(deadline)) for _ in range(4)]
+        await asyncio.gather(*movers)
+        self._disarm()
+        self._stop = True
+        await asyncio.gather(*clients)
+        left = await self._left_over()
+        await self._client.aclose()
+        return {
+            "migrations": sum(self.outcomes.values()),
+            "outcomes": dict(self.outcomes),
+            "faults": dict(sorted(self.struck.items())),
+            "streams": self.streams,
+            "wrong_streams": self.wrong,
+            "seconds": round(time.monotonic() - started, 1),
+            **left,
+        }
+
+    async def _client_loop(self) -> None:
+        while not self._stop:
+            prompt = self._random.choice(PROMPTS)
+            try:
+                text = await self._generate(prompt)
+            except (httpx.HTTPError, ValueError) as error:
+                self.wrong.append({"prompt": prompt, "error": f"{type(error).__name__}: {error}"})
+            else:
+                if text != self._expected[prompt]:
+                    self.wrong.append({"prompt": prompt, "error": "another text"})
+            self.streams += 1
+
+    async def _generate(self, prompt: str) -> str:
+        body = {
+            "model": MODEL_ID,
+            "prompt": prompt,
+            "max_tokens": LENGTH,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        parts, done = [], False
+        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as stream:
+            stream.raise_for_status()
+            request_id = stream.headers["x-request-id"]
+            self._live[request_id] = None
+            try:
+                async for line in stream.aiter_lines():
+                    data = line.removeprefix("data: ")
+                    if data == "[DONE]":
+                        done = True
+                    elif data:
+                        event = json.loads(data)
+                        if "error" in event:
+                            raise ValueError(event["error"]["message"])
+                        parts.append(event["choices"][0]["text"])
+            finally:
+                del self._live[request_id]
+        if not done:
+            raise ValueError("the stream broke off")
+        return "".join(parts)
+
+    async def _move_loop(self, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            if sum(self.outcomes.values()) >= self._options.migrations:
+                return
+            await asyncio.sleep(self._random.uniform(0.0, 0.2))
+            if not self._live:
+                continue
+            if self._random.random() < 0.5:
+                self._arm()
+            request_id = self._random.choice(list(self._live))
+            url = f"{self._url}/mell/v1/requests/{request_id}/migrate"
+            answer = await self._client.post(
+                url, json={"to": None, "mode": self._random.choice(MODES)}
+            )
+            if answer.status_code == 200:
+                self.outcomes[answer.json()["outcome"]] += 1
+
+    def _arm(self) -> None:
+        role, names = self._random.choice(
+            [("source", SOURCE), ("target", TARGET), ("migrator", MIGRATOR)]
+        )
+        point = f"{role}.{self._random.choice(names)}{self._random.choice(['', '.done'])}"
+        kill = self._random.random() < self._options.kills
+        action = "kill" if kill else self._random.choice(ACTIONS)
+        self._count_struck()
+        FAULTS.joinpath(point).write_text(action)
+        self._armed[point] = action.split()[0]
+
+    def _count_struck(self) -> None:
+        """What was armed and is no longer there has struck."""
+        for point in [point for point in self._armed if not FAULTS.joinpath(point).exists()]:
+            self.struck[f"{self._armed.pop(point)} {point}"] += 1
+
+    def _disarm(self) -> None:
+        self._count_struck()
+        for left in FAULTS.iterdir():
+            left.unlink()
+
+    async def _left_over(self) -> dict[str, Any]:
+        """Blocks and requests still anywhere a minute after the last client, and violations."""
+        deadline = time.monotonic() + 60
+        while True:
+            state = (await self._client.get(f"{self._url}/mell/v1/state")).json()
+            blocks = sum(replica["used_blocks"] for replica in state["replicas"])
+            left = len(state["requests"]) + len(state["queued"])
+            if not blocks + left or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.2)
+        broken = []
+        for replica in state["replicas"]:
+            if replica["state"] == "ready":
+                actor = ray.get_actor(replica["id"], namespace=f"mell.{APP}")
+                try:
+                    await actor.check.remote()
+                except ray.exceptions.RayError as error:
+                    broken.append(f"{replica['id']}: {error}")
+        return {
+            "leaked_blocks": blocks,
+            "leaked_requests": left,
+            "broken_books": broken,
+            "violations": state["exactly_once_violations"],
+            "objects_bytes": _object_bytes(),
+        }
+
+
+def _object_bytes() -> int:
+    """What is in the object store though nobody migrates any more."""
+    total = ray.cluster_resources().get("object_store_memory", 0)
+    return int(total - ray.available_resources().get("object_store_memory", 0))
+
+
+def _settings(replicas: int) -> dict[str, Any]:
+    return {
+        "llm_configs": [
+            {
+                "model_loading_config": {"model_id": MODEL_ID, "model_source": "builtin"},
+                "accelerator_type": "CPU",
+                "deployment_config": {
+                    "autoscaling_config": {"min_replicas": replicas, "max_replicas": replicas}
+                },
+                "engine_kwargs": {"enable_prefix_caching": False},
+            }
+        ],
+        "mell": {
+            "policy": {"name": "worst-fit"},
+            "fleet": {"replica_lease_s": 120},
+            "migration": {"timeout_s": TIMEOUT_S, "freeze_limit_s": 0.5},
+        },
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--migrations", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--replicas", type=int, default=3)
+    parser.add_argument("--kills", type=float, default=0.05, help="Share of faults that kill.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    FAULTS.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=8,
+        resources={"mell_cpu": options.replicas},
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=str(SCRATCH),
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_openai_app(_settings(options.replicas)), name=APP, route_prefix=f"/{APP}")
+        report = asyncio.run(Chaos(f"http://127.0.0.1:{port}/{APP}", options).run())
+    finally:
+        serve.shutdown()
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == f"mell.{APP}":
+                ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
+        ray.shutdown()
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+    print(json.dumps(report, indent=2))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    bad = ("wrong_streams", "leaked_blocks", "leaked_requests", "broken_books", "violations")
+    return 1 if any(report[key] for key in bad) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

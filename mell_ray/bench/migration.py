@@ -1,0 +1,426 @@
+"""``mell-ray bench migration``: what live migration costs, between real replica processes.
+
+Token times are taken where an ingress reads a replica's token stream: after Ray, before HTTP.
+Prefix caches are off, so that a request that comes back has everything to move again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from mell_ray.bench.machine import machine, versions
+from mell_ray.bench.random_llama import write_random_llama
+from mell_ray.bench.rig import Rig, Watched
+from mell_ray.config import LLMConfig, MellSettings
+from mell_ray.errors import ServerError
+from mell_ray.migration.copying import BlockCopier, CopyLimits
+from mell_ray.migration.faults import Faults
+from mell_ray.migration.peers import PlainWay
+from mell_ray.migration.types import MigrationOrder, MigrationResult, Mode
+from mell_ray.scheduler.cost import CostConfig, CostModel
+from mell_ray.scheduler.state import Gpu
+from mell_ray.serving.migrator import RaySource, RayTarget
+
+VOCABULARY = 32000
+STALL_CONTEXTS = (256, 1024, 4096)
+TOKENS_BETWEEN_MOVES = 12
+OTHERS = 3  # requests of 128 + 64 tokens kept running on each replica
+EQUAL_WITHIN = 1.05  # two modes whose times differ by less are equally fast
+OBJECT_STORE_BYTES = 512 << 20
+
+OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationBenchOptions:
+    """``kv_moves``: all contexts together. ``windows`` pairs of ``window_s``, with and without
+    migrations in turn. ``dtype``: as for engines."""
+
+    kv_moves: int = 51
+    token_moves: int = 24
+    windows: int = 3
+    window_s: float = 8.0
+    transfers: int = 9
+    grid_contexts: tuple[int, ...] = (256, 1024, 3072)
+    grid_bytes_per_s: tuple[float, ...] = (2e6, 10e6, 50e6, 1e9)
+    grid_loads: tuple[int, ...] = (0, 3)
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+def measure(options: MigrationBenchOptions, on_phase: OnPhase) -> dict[str, Any]:
+    """Start Ray and two replicas on this machine, measure, stop them."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="mell-bench-") as scratch:
+        model = Path(scratch) / "model"
+        on_phase("writing a random model of 50 million parameters")
+        write_random_llama(model)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=4,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=tempfile.mkdtemp(prefix="mb", dir="/tmp"),
+        )
+        try:
+            return asyncio.run(_measure(options, model, on_phase))
+        finally:
+            ray.shutdown()
+
+
+async def _measure(
+    options: MigrationBenchOptions, model: Path, on_phase: OnPhase
+) -> dict[str, Any]:
+    rig = Rig(_llm(model, options.dtype), _settings())
+    bench = _Bench(rig, options, on_phase)
+    try:
+        on_phase("starting two replicas")
+        await rig.open(2)
+        started = time.monotonic()
+        transport = await bench.transport()
+        kv = await bench.stalls("kv", STALL_CONTEXTS, options.kv_moves)
+        token = await bench.stalls("token", STALL_CONTEXTS[:2], options.token_moves)
+        hybrid = await bench.stalls("hybrid", STALL_CONTEXTS[:2], options.token_moves)
+        others = await bench.others()
+        choice = await bench.choice()
+        await rig.check()
+    finally:
+        rig.close()
+    return {
+        "kv_stall_gaps_p50": kv["gaps_p50"],
+        "token_stall_gaps_p50": token["gaps_p50"],
+        "stall_flatness": kv["flatness"],
+        "throughput_ratio": others["throughput_ratio"],
+        "p99_ttft_ratio": others["p99_ttft_ratio"],
+        "transport_memcpy_ratio": transport["ratio"],
+        "mode_choice_accuracy": choice["accuracy"],
+        "details": {
+            "kv": kv,
+            "token": token,
+            "hybrid": hybrid,
+            "others": others,
+            "transport": transport,
+            "choice": choice,
+        },
+        "violations": bench.violations,
+        "duration_s": time.monotonic() - started,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+class _Bench:
+    def __init__(self, rig: Rig, options: MigrationBenchOptions, on_phase: OnPhase) -> None:
+        self._rig = rig
+        self._options = options
+        self._on_phase = on_phase
+        self._random = random.Random(options.seed)
+        self.violations = 0
+
+    def _prompt(self, num_tokens: int) -> list[int]:
+        return [self._random.randrange(3, VOCABULARY) for _ in range(num_tokens)]
+
+    async def _running(self, context: int, max_tokens: int, on: int = 0) -> Watched:
+        watched = await self._rig.submit(self._rig.replicas[on], self._prompt(context), max_tokens)
+        await watched.reached(2)
+        return watched
+
+    async def _end(self, watched: Watched) -> None:
+        self.violations += watched.track.violations
+        await self._rig.cancel(watched)
+
+    async def _move(self, watched: Watched, mode: Mode, **how: Any) -> MigrationResult:
+        result = await self._rig.move(watched, mode, **how)
+        if result.outcome != "committed":
+            raise ServerError(f"a {mode} migration failed: {result.detail}")
+        return result
+
+    # --- what the client of a moved request sees -------------------------------------------
+
+    async def stalls(self, mode: Mode, contexts: tuple[int, ...], moves: int) -> dict[str, Any]:
+        by_context: dict[int, list[float]] = {}
+        seconds: dict[int, list[float]] = {}
+        each = max(2, round(moves / len(contexts)))
+        for context in contexts:
+            self._on_phase(f"{mode} migrations of {context} tokens")
+            watched = await self._running(context, 10 * each * TOKENS_BETWEEN_MOVES)
+            for _ in range(each):
+                await watched.reached(watched.num_tokens + TOKENS_BETWEEN_MOVES)
+                await self._move(watched, mode)
+            await watched.reached(watched.num_tokens + TOKENS_BETWEEN_MOVES)
+            usual = median(watched.gaps_s())
+            seconds[context] = list(watched.hand_over_s.values())
+            by_context[context] = [stall / usual for stall in seconds[context]]
+            await self._end(watched)
+        medians = {context: median(gaps) for context, gaps in by_context.items()}
+        every = [gap for gaps in by_context.values() for gap in gaps]
+        return {
+            "gaps_p50": median(every),
+            "gaps_p99": float(np.percentile(every, 99)),
+            "flatness": max(medians.values()) / min(medians.values()),
+            "gaps_p50_by_context": medians,
+            "seconds_p50_by_context": {c: median(values) for c, values in seconds.items()},
+            "migrations": len(every),
+        }
+
+    # --- what other requests see ------------------------------------------------------------
+
+    async def others(self) -> dict[str, Any]:
+        """Windows with and without back-to-back migrations of one request, in turn; that request
+        runs in both kinds."""
+        self._on_phase("other requests, with and without migrations beside them")
+        moved = await self._running(512, 7000)
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        ttfts: dict[bool, list[float]] = {False: [], True: []}
+        migrations = 0
+        async with self._load((0, 1)) as load:
+            await asyncio.sleep(2.0)
+            for window in range(2 * self._options.windows):
+                migrating = window % 2 == 1
+                mark, started = load.mark(), time.monotonic()
+                mover = asyncio.create_task(self._move_on(moved)) if migrating else None
+                await asyncio.sleep(self._options.window_s)
+                tokens, ttft = load.since(mark)
+                rates[migrating].append(tokens / (time.monotonic() - started))
+                ttfts[migrating] += ttft
+                if mover is not None:
+                    self._stop = True
+                    migrations += await mover
+        await self._end(moved)
+        p99 = {key: float(np.percentile(values, 99)) for key, values in ttfts.items()}
+        return {
+            "throughput_ratio": sum(rates[True]) / sum(rates[False]),
+            "p99_ttft_ratio": p99[True] / p99[False],
+            "tokens_per_s_with": rates[True],
+            "tokens_per_s_without": rates[False],
+            "p99_ttft_s_with": p99[True],
+            "p99_ttft_s_without": p99[False],
+            "migrations": migrations,
+        }
+
+    async def _move_on(self, watched: Watched) -> int:
+        self._stop, count = False, 0
+        while not self._stop:
+            await self._move(watched, "kv")
+            count += 1
+        return count
+
+    @contextlib.asynccontextmanager
+    async def _load(self, replicas: tuple[int, ...], each: int = OTHERS) -> Any:
+        load = _Load(self._rig, self._prompt)
+        tasks = [
+            asyncio.create_task(load.keep(self._rig.replicas[index]))
+            for index in replicas
+            for _ in range(each)
+        ]
+        try:
+            yield load
+        finally:
+            load.stop = True
+            for running in await asyncio.gather(*tasks):
+                self.violations += running
+
+    # --- the transport ----------------------------------------------------------------------
+
+    async def transport(self) -> dict[str, Any]:
+        """Chunks of one frozen request from pool to pool, nothing else running, beside memcpy of
+        as many bytes in this process."""
+        self._on_phase("Ray objects beside memcpy")
+        source, target = self._rig.replicas
+        info = source.info
+        assert info is not None
+        sizes = [mib << 20 for mib in (16, 32, 64)]
+        blocks = max(sizes) // info.block_nbytes
+        context = min(blocks * info.block_size, info.max_model_len - 64)
+        watched = await self._running(context, 8)
+        order = MigrationOrder(
+            "bench-transport",
+            watched.track.request_id,
+            source.replica_id,
+            target.replica_id,
+            "kv",
+            "bench",
+        )
+        ends = RaySource(source.actor, Faults(None)), RayTarget(target.actor, Faults(None))
+        state = await ends[0].begin(order)
+        await ends[1].reserve(order, state)
+        await ends[0].freeze(order.migration_id, 0)[0]
+        found = {}
+        for size in sizes:
+            count = min(size, state.num_computed // info.block_size * info.block_nbytes)
+            found[f"{size >> 20} MiB"] = await self._transfer(
+                order, ends, count // info.block_nbytes, info.block_nbytes
+            )
+        await ends[1].settle(order.migration_id)
+        await ends[0].thaw(order.migration_id)
+        await self._end(watched)
+        return {"ratio": min(size["ratio"] for size in found.values()), "by_size": found}
+
+    async def _transfer(
+        self, order: MigrationOrder, ends: tuple[RaySource, RayTarget], blocks: int, nbytes: int
+    ) -> dict[str, float]:
+        rates, memcpy = [], []
+        for turn in range(self._options.transfers + 2):
+            copier = BlockCopier(
+                order,
+                *ends,
+                PlainWay(),
+                CopyLimits(nbytes, max(1, self._rig.chunk_bytes // nbytes), 30.0),
+            )
+            started = time.perf_counter()
+            await copier.ascending(0, blocks)
+            took = time.perf_counter() - started
+            if turn >= 2:  # the first ones touch memory for the first time
+                rates.append(blocks * nbytes / took)
+                memcpy.append(_memcpy(blocks * nbytes))
+        return {
+            "bytes": blocks * nbytes,
+            "bytes_per_s": median(rates),
+            "memcpy_bytes_per_s": median(memcpy),
+            "ratio": median(rates) / median(memcpy),
+        }
+
+    # --- the choice of a mode -----------------------------------------------------------------
+
+    async def choice(self) -> dict[str, Any]:
+        """For each bandwidth and load the cost model sees one finished migration of each mode, as
+        it would in operation, and then chooses for each context; both modes are measured."""
+        cases = []
+        for load in self._options.grid_loads:
+            for bytes_per_s in self._options.grid_bytes_per_s:
+                self._on_phase(f"choice at {bytes_per_s / 1e6:.0f} MB/s beside {load} requests")
+                async with self._load((0, 1), load):
+                    cases += await self._cases(bytes_per_s, load)
+        right = sum(case["right"] for case in cases)
+        return {"accuracy": right / len(cases), "cases": cases}
+
+    async def _cases(self, bytes_per_s: float, load: int) -> list[dict[str, Any]]:
+        info = self._rig.replicas[0].info
+        assert info is not None
+        cost = CostModel(
+            CostConfig(bytes_per_token=info.block_nbytes // info.block_size), tokens_per_unit=1
+        )
+        gpus = [
+            cast(Gpu, SimpleNamespace(id=replica.replica_id, node="here"))
+            for replica in self._rig.replicas
+        ]
+        await self._both(512, bytes_per_s, cost, gpus)
+        cases = []
+        for context in self._options.grid_contexts:
+            chosen = cost.choose(gpus[0], gpus[1], context).mode
+            took = await self._both(context, bytes_per_s, cost, gpus)
+            best = min(took.values())
+            cases.append(
+                {
+                    "context": context,
+                    "bytes_per_s": bytes_per_s,
+                    "others": load,
+                    "chosen": chosen,
+                    "kv_s": took["kv"],
+                    "token_s": took["token"],
+                    "right": took[chosen] <= EQUAL_WITHIN * best,
+                }
+            )
+        return cases
+
+    async def _both(
+        self, context: int, bytes_per_s: float, cost: CostModel, gpus: list[Gpu]
+    ) -> dict[str, float]:
+        """Seconds of each mode, back and forth, and let the cost model learn from them."""
+        watched = await self._running(context, 4000)
+        took: dict[str, list[float]] = {"kv": [], "token": []}
+        modes: tuple[Mode, ...] = ("kv", "token", "kv", "token")
+        for i, mode in enumerate(modes):
+            result = await self._move(watched, mode, bytes_per_s=bytes_per_s)
+            took[mode].append(result.seconds)
+            src, dst = gpus[i % 2], gpus[(i + 1) % 2]
+            if mode == "kv":
+                cost.observe_kv(src, dst, result.bytes, result.seconds)
+            else:
+                cost.observe_prefill(dst, result.tokens, result.seconds)
+        await self._end(watched)
+        return {mode: min(seconds) for mode, seconds in took.items()}
+
+
+class _Load:
+    """A closed loop of short requests, beside which something is measured."""
+
+    def __init__(self, rig: Rig, prompt: Callable[[int], list[int]]) -> None:
+        self._rig = rig
+        self._prompt = prompt
+        self._tokens: list[tuple[float, int]] = []
+        self._first: list[tuple[float, float]] = []
+        self._running: list[Watched] = []
+        self.stop = False
+
+    async def keep(self, replica: Any) -> int:
+        """One request after the other. Returns how often one was emitted twice."""
+        violations = 0
+        while not self.stop:
+            watched = await self._rig.submit(replica, self._prompt(128), 64)
+            self._running.append(watched)
+            await watched.ended.wait()
+            self._running.remove(watched)
+            self._tokens += watched.token_s
+            self._first.append((watched.token_s[0][0], watched.ttft_s))
+            violations += watched.track.violations
+            self._rig.forget(watched)
+        return violations
+
+    def mark(self) -> float:
+        return time.monotonic()
+
+    def since(self, mark: float) -> tuple[int, list[float]]:
+        """Tokens delivered, and times to first token of requests that began to answer, since."""
+        delivered = [*self._tokens, *(item for w in self._running for item in w.token_s)]
+        tokens = sum(count for at, count in delivered if at >= mark)
+        begun = [(w.token_s[0][0], w.ttft_s) for w in self._running if w.token_s]
+        return tokens, [ttft for at, ttft in [*self._first, *begun] if at >= mark]
+
+
+def _memcpy(nbytes: int) -> float:
+    """Bytes a second of one thread copying warm memory, the best of three."""
+    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - started)
+    return nbytes / best
+
+
+def _llm(model: Path, dtype: str) -> LLMConfig:
+    return LLMConfig.model_validate(
+        {
+            "model_loading_config": {"model_id": "random-50m", "model_source": str(model)},
+            "accelerator_type": "CPU",
+            "engine_kwargs": {
+                "dtype": dtype,
+                "max_model_len": 8192,
+                "max_num_seqs": 16,
+                "enable_prefix_caching": False,
+                "kv_cache_memory_bytes": 256 << 20,
+            },
+        }
+    )
+
+
+def _settings() -> MellSettings:
+    return MellSettings.model_validate(
+        {"fleet": {"replica_lease_s": 3600}, "migration": {"timeout_s": 120}}
+    )

@@ -1,0 +1,105 @@
+"""The two ends of a migration and the way between them, as its driver sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any, Protocol
+
+from mell_ray.engine.types import RequestState, Reservation
+from mell_ray.migration.transports.base import OBJECTS, Ticket, TransportName
+from mell_ray.migration.types import (
+    ChunkMeta,
+    Frozen,
+    MigrationOrder,
+    Settlement,
+    TokenTail,
+)
+
+# A payload that the driver only passes on (with Ray, an ObjectRef).
+Payload = Any
+
+
+class PeerDied(Exception):
+    """The replica at the other end of a call is dead; nothing of the call can take effect."""
+
+
+class Source(Protocol):
+    async def begin(self, order: MigrationOrder) -> RequestState: ...
+
+    async def offer(self, transport: TransportName, peer: str) -> Ticket: ...
+
+    async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None: ...
+
+    async def abort_link(self, transport: TransportName, peer: str) -> None: ...
+
+    def stage(
+        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+    ) -> tuple[Awaitable[ChunkMeta], Payload]: ...
+
+    async def tokens(self, migration_id: str, start: int) -> TokenTail: ...
+
+    def freeze(
+        self, migration_id: str, first_block: int
+    ) -> tuple[Awaitable[Frozen], Payload, Payload]:
+        """(the message, the message as a reference, the tail blocks as a reference)."""
+        ...
+
+    async def thaw(self, migration_id: str) -> None: ...
+
+    async def release(self, migration_id: str) -> None: ...
+
+
+class Target(Protocol):
+    async def reserve(self, order: MigrationOrder, state: RequestState) -> Reservation: ...
+
+    async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None: ...
+
+    async def abort_link(self, transport: TransportName, peer: str) -> None: ...
+
+    async def receive(
+        self, migration_id: str, first_block: int, payload: Payload, transport: TransportName
+    ) -> int:
+        """Returns how many leading tokens of the request have KV at the target now."""
+        ...
+
+    async def extend(self, migration_id: str, tail: TokenTail) -> None: ...
+
+    async def wait_progress(self, migration_id: str, num_tokens: int) -> int: ...
+
+    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> int: ...
+
+    async def settle(self, migration_id: str) -> Settlement: ...
+
+
+class Way(Protocol):
+    """What the Migrator knows of the link, and what it may carry."""
+
+    def transports(self) -> Sequence[TransportName]:
+        """Usable now, best first; never empty."""
+        ...
+
+    def worked(self, transport: TransportName, nbytes: int, seconds: float) -> None: ...
+
+    def failed(self, transport: TransportName) -> None: ...
+
+    def chunk(self, transport: TransportName, nbytes: int) -> AbstractAsyncContextManager[None]:
+        """Room for one chunk, for as long as it is on its way."""
+        ...
+
+
+class PlainWay:
+    """Ray objects without limits."""
+
+    def transports(self) -> Sequence[TransportName]:
+        return (OBJECTS,)
+
+    def worked(self, transport: TransportName, nbytes: int, seconds: float) -> None:
+        del transport, nbytes, seconds
+
+    def failed(self, transport: TransportName) -> None:
+        del transport
+
+    def chunk(self, transport: TransportName, nbytes: int) -> AbstractAsyncContextManager[None]:
+        del transport, nbytes
+        return nullcontext()

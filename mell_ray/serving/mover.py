@@ -1,0 +1,165 @@
+"""A replica's part in moving blocks: between engine, staging buffers and transports.
+
+Bookkeeping of the two halves of the protocol is in ``mell_ray.migration.source`` and ``target``;
+this is what they need of the process around them: slices between steps, buffers, links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mell_ray.engine.types import StepOutput
+from mell_ray.migration.pacing import Pacer
+from mell_ray.migration.source import MigrationSource
+from mell_ray.migration.staging import Staging
+from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.transports.base import (
+    OBJECTS,
+    Parcel,
+    Ticket,
+    Transport,
+    TransportName,
+)
+from mell_ray.migration.transports.cuda import cuda_transports
+from mell_ray.migration.transports.objects import ObjectTransport
+from mell_ray.migration.types import ChunkMeta, MigrationOrder
+from mell_ray.serving.wire import ReplicaSpec
+
+if TYPE_CHECKING:
+    from mell_ray.engine import Engine
+
+LINK_TIMEOUT_S = 10.0
+
+InEngine = Callable[[Callable[["Engine"], Any]], "asyncio.Future[Any]"]
+
+
+class Mover:
+    """One per replica. ``in_engine`` runs a function in the engine thread between two steps."""
+
+    def __init__(
+        self,
+        in_engine: InEngine,
+        source: MigrationSource,
+        target: MigrationTarget,
+        spec: ReplicaSpec,
+    ) -> None:
+        self._in_engine = in_engine
+        self._source = source
+        self._target = target
+        self._staging = Staging()
+        self._buffer_bytes = spec.migration.buffer_bytes
+        self._pacer = Pacer(spec.migration.step_share)
+        self._busy = False
+        self.gpu_uuid = ""
+        self.transports: dict[TransportName, Transport] = {OBJECTS: ObjectTransport()}
+        if spec.device == "cuda":
+            found, self.gpu_uuid = cuda_transports(
+                spec.migration.transports, spec.migration.chunk_bytes
+            )
+            self.transports |= found
+
+    def stepped(self, output: StepOutput) -> None:
+        """In the engine thread, after each step."""
+        self._busy = output.num_decode_tokens + output.num_prefill_tokens > 0
+        self._pacer.stepped(output.seconds)
+
+    async def join(
+        self, transport: TransportName, peer: str, ticket: Ticket, *, is_source: bool
+    ) -> None:
+        await self.transports[transport].join(
+            peer, ticket, is_source=is_source, timeout_s=LINK_TIMEOUT_S
+        )
+
+    async def send(
+        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+    ) -> tuple[ChunkMeta, Parcel]:
+        """Gather blocks that are complete and give them to the transport."""
+        way = self.transports[transport]
+
+        def look(engine: Engine) -> tuple[ChunkMeta, int]:
+            meta = self._source.ready(engine, migration_id, first_block, max_blocks)
+            return meta, engine.block_nbytes
+
+        meta, block_nbytes = await self._in_engine(look)
+        if not meta.num_blocks:
+            return meta, np.empty(0, np.uint8)
+        peer = self._source.peer(migration_id)
+        if way.on_device:
+            tensor = await self._in_engine(
+                lambda engine: self._source.copy_on_device(
+                    engine, migration_id, first_block, meta.num_blocks
+                )
+            )
+            return meta, await way.send_blocks(peer, tensor, LINK_TIMEOUT_S)
+        buffer = self._staging.take(migration_id, meta.nbytes)
+
+        def gather(part: range) -> Callable[[Engine], None]:
+            out = buffer[part.start * block_nbytes : part.stop * block_nbytes]
+            return lambda engine: self._source.copy_out(
+                engine, migration_id, first_block + part.start, len(part), out
+            )
+
+        await self._sliced(meta.num_blocks, block_nbytes, gather)
+        return meta, await way.send_blocks(peer, buffer, LINK_TIMEOUT_S)
+
+    async def receive(
+        self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
+    ) -> int:
+        """Take a chunk in. Returns the leading tokens whose KV is here then."""
+        peer, block_nbytes = await self._in_engine(
+            lambda engine: (self._target.peer(migration_id), engine.block_nbytes)
+        )
+        data = await self.transports[transport].recv_blocks(peer, parcel, LINK_TIMEOUT_S)
+        num_blocks = len(data) // block_nbytes
+
+        def scatter(part: range) -> Callable[[Engine], None]:
+            # From the last block to the first: what a hybrid target need not compute itself is
+            # everything from the first block that has arrived on.
+            start, stop = num_blocks - part.stop, num_blocks - part.start
+            piece = data[start * block_nbytes : stop * block_nbytes]
+            return lambda engine: self._target.receive(
+                engine, migration_id, first_block + start, piece
+            )
+
+        await self._sliced(num_blocks, block_nbytes, scatter)
+        return await self._in_engine(lambda engine: self._target.progress(engine, migration_id))
+
+    async def _sliced(
+        self, num_blocks: int, block_nbytes: int, work: Callable[[range], Callable[[Engine], None]]
+    ) -> None:
+        """Copy in slices, so that a step is never late by more than its share."""
+        for part in self._pacer.slices(num_blocks, block_nbytes, busy=self._busy):
+            seconds = await self._in_engine(_timed(work(part)))
+            self._pacer.copied(len(part) * block_nbytes, seconds)
+            if part.stop < num_blocks:
+                await asyncio.sleep(self._pacer.pause_s(seconds, busy=self._busy))
+
+    def thaw(self, engine: Engine, migration_id: str) -> bool:
+        self._staging.release(migration_id)
+        return self._source.thaw(engine, migration_id)
+
+    def release(self, engine: Engine, migration_id: str) -> MigrationOrder | None:
+        self._staging.release(migration_id)
+        return self._source.release(engine, migration_id)
+
+    def expire(self, engine: Engine) -> None:
+        """Forget what nobody asks for any more, and give unused memory back."""
+        for migration_id in self._source.expire():
+            self._staging.release(migration_id)
+        self._target.expire(engine)
+        if not len(self._source):
+            self._staging.trim(self._buffer_bytes)
+
+
+def _timed(function: Callable[[Engine], None]) -> Callable[[Engine], float]:
+    def run(engine: Engine) -> float:
+        started = time.perf_counter()
+        function(engine)
+        return time.perf_counter() - started
+
+    return run
