@@ -161,7 +161,9 @@ class Engine:
             resident = batch.num_resident_tokens
             seqs, draw = self._launch(batch, len(plan.chunks))
             # A GPU is still computing; what needs no token is done meanwhile.
-            late = [seq for seq in batch.sampled if seq not in seqs]
+            late = []
+            if len(seqs) < len(batch.sampled):
+                late = [seq for seq in batch.sampled if seq not in seqs]
             for seq, count in plan.chunks:
                 # Where nothing could be sampled, the last token is computed again to do so.
                 seq.num_computed += count - (seq in late)

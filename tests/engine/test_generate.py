@@ -235,7 +235,7 @@ def test_a_failing_forward_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(subject, "_run", broken)
+        patch.setattr(subject, "_forward", broken)
         with pytest.raises(RuntimeError, match="device lost"):
             subject.step()
     subject.check()
