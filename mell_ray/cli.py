@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from mell_ray.bench import cli as bench
 from mell_ray.errors import ConfigError, MellError
 from mell_ray.observability import cli as observability
+from mell_ray.replay import cli as replay
 from mell_ray.serving import cli as serving
 from mell_ray.simulation import cli as simulation
 
@@ -64,6 +65,7 @@ serving.register(app)
 simulation.register(app)
 bench.register(app)
 observability.register(app)
+replay.register(app)
 
 
 def main() -> None:

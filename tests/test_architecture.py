@@ -20,11 +20,13 @@ ALLOWED = {
     "migration": {"migration", "engine", "config", "errors"},
     "openai": {"openai", "engine", "errors"},
     "observability": {"observability", "migration", "engine", "config", "errors"},
+    "replay": {"replay", "simulation", "errors"},
     "builtin": {"builtin"},
 }
 PURE = {
     "scheduler": {"ray", "torch", "transformers", "numpy"},
     "simulation": {"ray", "torch"},
+    "replay": {"ray", "torch"},
     "engine": {"ray"},
     "openai": {"ray", "torch", "fastapi"},
 }
