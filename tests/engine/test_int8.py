@@ -202,8 +202,9 @@ def test_blocks_of_another_kind_are_refused_and_tokens_are_not(kinds: tuple[str,
     src.add(request("r", PROMPTS[0], LENGTH, ignore_eos=True))
     for _ in range(4):
         step([src], client)
-    with pytest.raises(ConflictError, match=r"int8=\w+.*int8=\w+.*migrate its tokens"):
-        dst.reserve("m", src.peek_state("r"), prefill=False)
+    for prefill in (False, True):
+        with pytest.raises(ConflictError, match=r"int8=\w+.*int8=\w+.*migrate its tokens"):
+            dst.reserve("m", src.peek_state("r"), prefill=prefill, imports=True)
     dst.check()
     assert dst.stats().used_blocks == 0
     dst.reserve("m", src.peek_state("r"), prefill=True)
