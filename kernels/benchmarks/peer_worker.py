@@ -13,10 +13,12 @@ import json
 import os
 import sys
 import time
+import traceback
 from importlib.metadata import version
 from typing import Any, Protocol
 
 _STARTED = time.time()
+_PAGE_SIZE = 16
 
 
 class Peer(Protocol):
@@ -73,14 +75,23 @@ class Transformers:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         torch.set_num_threads(settings["threads"])
         model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings["dtype"])
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        self._manager = model.eval().init_continuous_batching(generation_config=config)
+        # Left alone, it sizes its cache by the memory of the machine, and with it an attention mask
+        # that it writes in every step.
+        cache = ContinuousBatchingConfig(
+            page_size=_PAGE_SIZE,
+            num_blocks=-(-settings["kv_tokens"] // _PAGE_SIZE),
+            max_batch_tokens=512,
+        )
+        self._manager = model.eval().init_continuous_batching(
+            generation_config=config, continuous_batching_config=cache
+        )
         self._manager.start()
 
     def add(self, name: str, prompt: list[int], output_len: int) -> None:
@@ -145,8 +156,12 @@ def main() -> None:
         run = json.loads(line)
         result = closed_loop(peer, run["requests"], run["concurrency"], number)
         print(json.dumps(result), file=answers)
-    os._exit(0)  # the peers' threads need no farewell
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # a peer's own threads must not keep the process alive

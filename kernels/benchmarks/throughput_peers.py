@@ -85,6 +85,15 @@ class MellRay:
         }
 
 
+def preloads(python: Path) -> list[str]:
+    """The libraries that vLLM's documentation wants loaded first, where this machine has them."""
+    candidates = (
+        *sorted(python.parent.parent.glob("lib/libiomp5.so")),
+        *sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")),
+    )
+    return [str(path) for path in candidates]
+
+
 class Worker:
     """A peer in ``peer_worker.py``; started once, stopped (SIGSTOP) while it has no turn."""
 
@@ -92,6 +101,7 @@ class Worker:
         self._kind, self._log = kind, log
         env = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
         env.pop("PYTHONPATH", None)
+        env["LD_PRELOAD"] = ":".join(preloads(Path(python)) if kind == "vllm" else [])
         self._process = subprocess.Popen(
             [python, str(HERE / "peer_worker.py"), kind, json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -186,16 +196,16 @@ def choose_dtype(wanted: str) -> str:
     return "bfloat16" if has_fast_bf16() else "float32"
 
 
-def start_peers(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Worker]:
-    interpreters = {"transformers": sys.executable}
-    if "vllm" in args.peers:
-        interpreters["vllm"] = vllm_python(args.vllm_env)
+def start_peers(
+    args: argparse.Namespace, interpreters: dict[str, str], dtype: str, folder: Path
+) -> dict[str, Worker]:
     settings = {
         "model": args.model,
         "dtype": dtype,
         "threads": args.threads,
         "max_model_len": 512,
         "max_num_seqs": max(args.concurrency),
+        "kv_tokens": max(args.concurrency) * (LENGTHS["prompt"][1] + LENGTHS["output"][1] + 16),
     }
     workers = {}
     for kind in args.peers:
@@ -248,12 +258,15 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     args = parse_args()
+    interpreters = {"transformers": sys.executable}
+    if "vllm" in args.peers:
+        interpreters["vllm"] = vllm_python(args.vllm_env)
     dtype = choose_dtype(args.dtype)
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engines: dict[str, Any] = {"mell-ray": MellRay(args, dtype, folder)}
-        workers = start_peers(args, dtype, folder)
+        workers = start_peers(args, interpreters, dtype, folder)
         try:
             found = measure(args, {**engines, **workers})
         finally:

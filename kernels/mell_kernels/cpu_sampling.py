@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mell_kernels.rows import SamplingRows
-from mell_kernels.sampling import gumbel, gumbel_argmax, ranked_topk
+from mell_kernels.sampling import gumbel, gumbel_argmax, ranked_topk, row_argmax
 
 # How many of the likeliest tokens are looked at first where top_p alone limits the choice.
 _TOP_P_CANDIDATES = 256
@@ -16,7 +16,7 @@ _TOP_P_CANDIDATES = 256
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """See ``reference.sample``."""
-    tokens = logits.argmax(dim=-1)
+    tokens = row_argmax(logits)
     usable = logits.gather(1, tokens[:, None])[:, 0].isfinite()
     drawn = ((rows.temperature > 0) & usable).nonzero()[:, 0]
     if len(drawn) == len(logits):

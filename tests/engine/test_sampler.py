@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import currently_in_test_context, given, reject, settings
 from hypothesis import strategies as st
-from mell_kernels.sampling import GUMBEL_MAX, gumbel, gumbel_argmax, noise_key, ranked_topk
+from mell_kernels.sampling import (
+    GUMBEL_MAX,
+    gumbel,
+    gumbel_argmax,
+    noise_key,
+    ranked_topk,
+    row_argmax,
+)
 
 from mell_ray.engine.sampler import Sampled, sample
 from mell_ray.engine.sequence import Sequence
@@ -286,3 +293,14 @@ def test_a_row_without_finite_logits_is_an_error_of_that_row(bad: float) -> None
     assert broken.error is not None
     assert healthy.error is None
     assert healthy.token_id == plainly(values[1], sequence(seed=1))
+
+
+def test_row_argmax_settles_ties_and_nan_as_torch_does() -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor(
+        [[1.0, 3.0, 3.0], [-inf, -inf, -inf], [1.0, nan, inf], [nan, nan, 0.0], [0.0, inf, inf]]
+    )
+    assert row_argmax(rows).tolist() == rows.argmax(dim=-1).tolist() == [1, 0, 1, 0, 1]
+    torch.manual_seed(0)
+    many = torch.randn(40, 500).half().float()
+    assert torch.equal(row_argmax(many), many.argmax(dim=-1))
