@@ -48,8 +48,8 @@ class Router:
     def state(self) -> dict[str, Any]:
         return {"replicas": [], "requests": [], "queued": []}
 
-    def migrations(self) -> list[Any]:
-        return []
+    def migrations(self) -> dict[str, Any]:
+        return {"migrations": []}
 
     def page_data(self) -> bytes:
         return b"{}"
