@@ -140,7 +140,7 @@ def test_exported_blocks_load_into_another_pool(dtype: torch.dtype) -> None:
     target.load([1, 4], data)
     assert torch.equal(target.tensor[[1, 4]], source.tensor[[5, 2]])
     assert not target.tensor[[0, 2, 3, 5, 6]].any()
-    with pytest.raises(ValueError, match="bytes needed"):
+    with pytest.raises(ValueError, match="needed"):
         target.load([1], data)
 
 
