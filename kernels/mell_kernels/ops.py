@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mell_kernels import cpu, cpu_sampling
+from mell_kernels import cpu, cpu_sampling, reference
 from mell_kernels.cpu import Workspace
 from mell_kernels.int8 import Int8Plan, Int8Pool
 from mell_kernels.metadata import AttentionMetadata
@@ -135,3 +135,33 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
         return triton_sampling.sample(logits, rows)
     return cpu_sampling.sample(logits, rows)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    round_first: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of ``x``, plus ``residual`` where given; see ``reference.rms_norm``."""
+    if _has_kernels(x):
+        from mell_kernels import triton_layers
+
+        return triton_layers.rms_norm(
+            x, weight, eps, residual=residual, weight_offset=weight_offset, round_first=round_first
+        )
+    return reference.rms_norm(
+        x, weight, eps, residual=residual, weight_offset=weight_offset, round_first=round_first
+    )
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of ``[T, num_heads, head_dim]``; see ``reference.rotary``."""
+    if _has_kernels(x):
+        from mell_kernels import triton_layers
+
+        return triton_layers.rotary(x, cos, sin)
+    return reference.rotary(x, cos, sin)

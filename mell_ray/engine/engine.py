@@ -159,7 +159,7 @@ class Engine:
                     num_prefill += count
             batch = self._builder.build(plan.chunks)
             resident = batch.num_resident_tokens
-            seqs, draw = self._launch(batch, len(plan.chunks))
+            seqs, draw = self._run(batch, len(plan.chunks))
             # A GPU is still computing; what needs no token is done meanwhile.
             late = []
             if len(seqs) < len(batch.sampled):
@@ -180,7 +180,7 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _launch(self, batch: RaggedBatch, num_seqs: int) -> tuple[list[Sequence], Draw | None]:
+    def _run(self, batch: RaggedBatch, num_seqs: int) -> tuple[list[Sequence], Draw | None]:
         """Start a step: what it samples for, and the draw. A row whose grammar's mask is late is
         left out."""
         constrained = [seq for seq in batch.sampled if seq.constraint is not None]

@@ -173,7 +173,7 @@ def _largest_step(model: LoadedModel, kv: KVPool, config: EngineConfig) -> None:
     with torch.inference_mode():
         ops.prepare(kv.cache, meta, ops.Workspace())
         logits = model.forward(
-            torch.zeros((1, tokens), dtype=torch.int64, device=device),
+            torch.ones((1, tokens), dtype=torch.int64, device=device),
             send(positions, torch.int64)[None],
             send(starts[1:] - 1, torch.int64),
             PagedKV(kv.cache, meta),

@@ -11,7 +11,7 @@ import transformers as hf
 from mell_ray.engine import Engine, load_model
 from mell_ray.engine.graphs import DecodeGraphs, Forward, bucket_sizes
 from mell_ray.engine.kv_pool import KVPool
-from mell_ray.engine.memory import MemoryProfile, profile
+from mell_ray.engine.memory import MemoryProfile, _largest_step, graph_sizes, profile
 from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config, tiny
 
 
@@ -143,6 +143,22 @@ def test_the_pool_gets_what_nothing_else_needs() -> None:
     assert found.kv_bytes(0.5) < 0
     eager = profile(Device(), lambda: None, device.capture, [])
     assert (eager.graphs, eager.activations) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_the_largest_step_runs_in_the_padding_block(kind: str) -> None:
+    config = small_config(max_num_seqs=5, max_num_batched_tokens=33, kv_cache_dtype=kind)
+    kv = KVPool(tiny().kv_shape.stored_as(kind), config.block_size, 2, torch.device("cpu"))
+    _largest_step(tiny(), kv, config)
+    written = (kv.tensor != 0).flatten(1).any(dim=1).tolist()
+    assert written == [True, False, False]
+
+
+def test_graphs_are_off_where_they_cannot_be() -> None:
+    shape = tiny().kv_shape
+    assert graph_sizes(shape, small_config(max_num_seqs=4)) == [1, 2, 4]
+    assert graph_sizes(shape, small_config(enforce_eager=True)) == []
+    assert graph_sizes(shape.stored_as("int8"), small_config()) == []
 
 
 @pytest.mark.gpu
