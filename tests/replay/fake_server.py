@@ -11,6 +11,9 @@ from typing import Any
 
 import uvicorn
 
+from mell_ray.openai.response import SSE_DONE, CompletionChunker
+from mell_ray.openai.text import TextPiece
+
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
@@ -59,6 +62,16 @@ async def in_one_piece(body: dict[str, Any], send: Send) -> None:
     await _stream(send, 1, body["max_tokens"])
 
 
+async def as_mell_ray(body: dict[str, Any], send: Send) -> None:
+    """The bytes that the ingress of this project sends."""
+    chunker = CompletionChunker("cmpl-1", 0, "fake", include_usage=True)
+    tokens = body["max_tokens"]
+    stream = b"".join(chunker.delta(0, TextPiece("é", [7])) for _ in range(tokens))
+    stream += chunker.finish(0, "length") + chunker.usage(len(body["prompt"]), tokens) + SSE_DONE
+    await _open(send)
+    await send({"type": "http.response.body", "body": stream})
+
+
 async def overloaded(body: dict[str, Any], send: Send) -> None:
     await _json(send, 503, {"error": {"message": f"{len(body['prompt'])} requests wait"}})
 
@@ -101,6 +114,7 @@ PLAN = {
     105: one_token_less,
     106: never,
     107: in_one_piece,
+    108: as_mell_ray,
 }
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mell_ray.cli import app
 from mell_ray.errors import ConfigError, MellError
+from mell_ray.openai.protocol import CompletionRequest
 from mell_ray.replay.client import Endpoint
 from mell_ray.replay.run import open_loop
 from mell_ray.replay.session import Finished, replay
@@ -86,6 +87,16 @@ async def test_answers_are_counted_token_by_token(server: FakeServer) -> None:
     assert [len(o.gaps_s) for o in done.outcomes] == [29, 0, 0]
     assert done.summary.output_tokens == 61
     assert done.summary.ok == 3
+
+
+async def test_requests_and_answers_are_those_of_our_own_server(server: FakeServer) -> None:
+    done = await run(server, [Job(0, 0.0, 108, 5)])
+    assert (done.summary.failed, done.summary.output_tokens) == (0, 5)
+    assert len(done.outcomes[0].gaps_s) == 4
+    request = CompletionRequest.model_validate(server.bodies[0])
+    assert len(request.prompt) == 1
+    assert len(request.prompt[0]) == 108
+    assert (request.max_tokens, request.ignore_eos, request.include_usage) == (5, True, True)
 
 
 async def test_each_way_to_fail_is_told_apart(server: FakeServer) -> None:
