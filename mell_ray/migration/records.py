@@ -73,6 +73,10 @@ class MigrationLog:
     _recent: collections.deque[MigrationRecord] = field(
         default_factory=lambda: collections.deque(maxlen=REMEMBERED)
     )
+    # The ingress may see a hand-over before the migration's result is in.
+    _early: collections.OrderedDict[tuple[str, int], tuple[float, float]] = field(
+        default_factory=collections.OrderedDict
+    )
 
     def add(self, result: MigrationResult) -> None:
         self._recent.append(MigrationRecord(result))
@@ -84,11 +88,14 @@ class MigrationLog:
         total.stages += result.stages
         total.seconds += result.seconds
         total.freeze_seconds += result.freeze_s
+        early = self._early.pop((result.order.request_id, result.generation), None)
+        if early is not None:
+            self.stalled(result.order.request_id, result.generation, *early)
 
     def stalled(
         self, request_id: str, generation: int, seconds: float, median_gap_s: float
     ) -> MigrationRecord | None:
-        """The ingress has seen the hand-over. None: that migration is not remembered."""
+        """The ingress has seen the hand-over. None: that migration is not known, or not yet."""
         for record in reversed(self._recent):
             result = record.result
             if result.order.request_id == request_id and result.generation == generation:
@@ -98,6 +105,9 @@ class MigrationLog:
                 total.stall_seconds += seconds
                 total.stalls += 1
                 return record
+        self._early[request_id, generation] = seconds, median_gap_s
+        if len(self._early) > REMEMBERED:
+            self._early.popitem(last=False)
         return None
 
     def recent(self) -> list[dict[str, Any]]:

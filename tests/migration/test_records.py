@@ -38,6 +38,15 @@ def test_stall_reaches_the_migration_it_belongs_to() -> None:
     assert log.totals_dict()["kv"]["stalls"] == 1
 
 
+def test_stall_that_is_told_before_the_migration_ends_is_kept() -> None:
+    log = MigrationLog()
+    assert log.stalled("r", 2, 0.05, 0.02) is None
+    log.add(result("r", generation=2))
+    (record,) = log.recent()
+    assert record["stall_seconds"] == 0.05
+    assert log.totals_dict()["kv"]["stalls"] == 1
+
+
 def test_memory_is_bounded() -> None:
     log = MigrationLog()
     for i in range(REMEMBERED + 10):

@@ -85,6 +85,17 @@ def http() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64))
 
 
+def stalls_told(app: App, ids: set[str]) -> dict:
+    """What the application knows of migrations, once the ingress has told how these stalled."""
+
+    def complete(_: dict) -> dict | None:
+        told = httpx.get(f"{app.url}/mell/v1/migrations").json()
+        known = {r["id"] for r in told["migrations"] if r["stall_seconds"] is not None}
+        return told if ids <= known else None
+
+    return app.wait(complete, "no stall is told")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
 def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
     """Back and forth, KV and token mode mixed, with 8 other streams running."""
@@ -116,14 +127,14 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
     assert [result["mode"] for result in results] == MODES
     assert results[-1]["generation"] == 6
     assert len({result["to"] for result in results}) == 2
-    told = httpx.get(f"{app.url}/mell/v1/migrations").json()
+    told = stalls_told(app, {result["id"] for result in results})
     by_id = {record["id"]: record for record in told["migrations"]}
     for result in results:
         record = by_id[result["id"]]
         assert record["stall_seconds"] > 0
         assert record["stall_gaps"] > 0
     assert by_id[results[0]["id"]]["transport"] == "objects"
-    assert {mode: told["totals"][mode]["committed"] for mode in set(MODES)} >= {"hybrid": 1}
+    assert all(told["totals"][mode]["committed"] > 0 for mode in MODES)
     expected = asyncio.run(still())
     assert text == expected[0]
     assert texts == expected[1:]
