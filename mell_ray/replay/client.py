@@ -15,6 +15,8 @@ from mell_ray.replay.sse import DONE, SseLines
 from mell_ray.replay.types import Failure, Job, Outcome
 
 _MAX_MESSAGE = 300
+# A pool looks through all its connections for each request; many small ones keep that short.
+_NUM_POOLS = 32
 _NUMBERS = re.compile(r"\b(?=[0-9a-f-]*\d)[0-9a-f-]{6,}\b|\d+(?:\.\d+)?")
 
 
@@ -30,13 +32,18 @@ class Endpoint:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        certificates = httpx.create_ssl_context()
         try:
-            self._http = httpx.AsyncClient(
-                base_url=self.url,
-                headers=headers,
-                timeout=None,  # the limit is on the whole request, see `send`
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            )
+            self._pools = [
+                httpx.AsyncClient(
+                    base_url=self.url,
+                    headers=headers,
+                    verify=certificates,
+                    timeout=None,  # the limit is on the whole request, see `send`
+                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                )
+                for _ in range(_NUM_POOLS)
+            ]
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"--url {url}: {error}") from None
 
@@ -44,7 +51,8 @@ class Endpoint:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        for pool in self._pools:
+            await pool.aclose()
 
     async def model(self, wanted: str | None) -> tuple[str, int | None]:
         """The model to ask, and its context length where the server tells.
@@ -54,7 +62,7 @@ class Endpoint:
             ConfigError: the server does not have that model.
         """
         try:
-            answer = await self._http.get("/v1/models", timeout=30.0)
+            answer = await self._pools[0].get("/v1/models", timeout=30.0)
             if answer.status_code != 200:
                 raise MellError(f"{self.url}/v1/models: {_http_failure(answer).message}")
             cards = {str(card["id"]): card for card in answer.json()["data"]}
@@ -90,10 +98,11 @@ class Endpoint:
     async def _stream(
         self, body: bytes, outcome: Outcome, clock: Callable[[], float]
     ) -> Failure | None:
-        request = self._http.build_request(
+        pool = self._pools[outcome.job.number % _NUM_POOLS]
+        request = pool.build_request(
             "POST", "/v1/completions", content=body, headers={"Content-Type": "application/json"}
         )
-        response = await self._http.send(request, stream=True)
+        response = await pool.send(request, stream=True)
         try:
             if response.status_code != 200:
                 await response.aread()
