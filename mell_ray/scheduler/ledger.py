@@ -216,9 +216,8 @@ class Ledger:
     def _drain(self, out: list[Decision]) -> None:
         """Place waiting requests until some find no room."""
         failed = 0
-        for request in self.line.first(_BATCH):
-            if request.plan is not None:
-                continue
+        batch = self.line.unplaced(_BATCH)
+        for request in batch:
             gpu = self._place(request)
             if gpu is None:
                 failed += 1
@@ -228,7 +227,7 @@ class Ledger:
             self.line.overtake(request)
             self.pool.assign(request, gpu, "place")
         else:
-            self.pool.freed = len(self.line) > _BATCH  # more wait than were tried
+            self.pool.freed = len(batch) == _BATCH  # most were placed, and more may wait
         self.executor.flush(out)
 
     # --- operator --------------------------------------------------------------------------

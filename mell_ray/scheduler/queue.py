@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from itertools import islice
 
 from mell_ray.scheduler.state import Request
 
@@ -40,9 +41,9 @@ class WaitingLine:
         if position < len(self._line) and self._line[position][2] is request:
             del self._line[position]
 
-    def first(self, count: int) -> list[Request]:
-        """Up to ``count`` requests from the front."""
-        return [request for _, _, request in self._line[:count]]
+    def unplaced(self, count: int) -> list[Request]:
+        """Up to ``count`` requests from the front that have no place in sight."""
+        return list(islice((r for _, _, r in self._line if r.plan is None), count))
 
     def _head(self) -> Request | None:
         """The first request that has no place in sight."""

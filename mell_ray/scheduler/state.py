@@ -177,6 +177,7 @@ class Pool:
         self.free_slots: list[int] = []
         self.keys: list[int] = []
         self.requests: dict[str, Request] = {}
+        self.num_used = 0  # GPUs that have requests
         self.by_node: dict[str, int] = {}  # requests planned per node, where nodes are named
         self.retry: dict[Gpu, None] = {}  # GPUs with room freed or plans made: try their inbound
         self.capped: dict[Gpu, None] = {}  # GPUs whose inbound waits for the in-flight limit
@@ -320,6 +321,7 @@ class Pool:
         self.unassign(request)
         request.plan = gpu
         request.reason = reason
+        self.num_used += not gpu.requests
         gpu.requests[request] = None
         gpu.load += request.need
         if gpu.node:
@@ -336,6 +338,7 @@ class Pool:
             return
         request.plan = None
         del gpu.requests[request]
+        self.num_used -= not gpu.requests
         gpu.load -= request.need
         if gpu.node:
             self.by_node[gpu.node] -= 1

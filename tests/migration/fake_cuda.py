@@ -112,7 +112,7 @@ class Gpu:
         self.NCCL_UINT8 = 1
         self.Event, self.Stream, self.ExternalStream = Event, Stream, ExternalStream
         self.fail: Callable[[str], None] = lambda _: None
-        self._grouped: list[Callable[[], None]] | None = None
+        self._group = threading.local()  # as NCCL's: of the calling thread
 
     class Device:
         def __init__(self, index: int) -> None:
@@ -144,11 +144,11 @@ class Gpu:
         return Communicator(self, pair, rank)
 
     def groupStart(self) -> None:
-        self._grouped = []
+        self._group.calls = []
 
     def groupEnd(self) -> None:
-        calls, self._grouped = self._grouped, None
-        for call in calls or ():
+        calls, self._group.calls = self._group.calls, None
+        for call in calls:
             call()
 
     # --- memory ----------------------------------------------------------------------------
@@ -212,10 +212,11 @@ class Communicator:
 
     def _call(self, *args: Any) -> None:
         self._usable()
-        if self._gpu._grouped is None:
+        calls = getattr(self._gpu._group, "calls", None)
+        if calls is None:
             self._give(*args)
         else:
-            self._gpu._grouped.append(lambda: self._give(*args))
+            calls.append(lambda: self._give(*args))
 
     def send(self, pointer: int, count: int, dtype: int, peer: int, stream: int) -> None:
         assert peer == 1 - self._rank
@@ -228,7 +229,10 @@ class Communicator:
     def abort(self) -> None:
         self._usable()
         self._gpu.log.append(("abort", self._rank))
-        self._pair.aborted.add(self._rank)
+        with self._pair.lock:  # what is pending never touches memory again
+            self._pair.aborted.add(self._rank)
+            self._pair.sent[self._rank].clear()
+            self._pair.awaited[self._rank].clear()
 
     def destroy(self) -> None:
         if self._rank not in self._pair.aborted:

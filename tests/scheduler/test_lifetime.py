@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
+from random import Random
 
 import pytest
 
-from mell_ray.scheduler import ModelLimits
+from mell_ray.scheduler import ModelLimits, Scheduler, SchedulerConfig
 from mell_ray.scheduler.events import (
     AcquireGpu,
     Adopt,
     Arrive,
     Cordon,
     Evacuate,
+    Event,
     Finish,
     GpuReady,
     Grow,
@@ -79,6 +82,31 @@ def test_no_more_gpus_are_asked_for_while_many_start() -> None:
     assert len(world.where) == 60
     assert world.starting == []
     world.check()
+
+
+def test_a_burst_of_thousands_is_placed() -> None:
+    """Many wait for room that moves under way will free; the others must not wait for them."""
+    limits = ModelLimits(0, 1 << 20, 60_000)
+    config = SchedulerConfig({"m": limits}, growth_per_tick=16, tokens_per_unit=1, idle_grace_s=0)
+    scheduler = Scheduler(dataclasses.replace(config, migration_price=1e-5))
+    rng = Random(7)
+    sizes = [min(int(rng.lognormvariate(6.6, 0.9)) + 16, 20_000) for _ in range(20_000)]
+    events: list[Event] = [Arrive(f"r{i}", "m", size, 60_000) for i, size in enumerate(sizes)]
+    gpus, placed = 0, 0
+    while events:
+        decisions = [d for event in events for d in scheduler.handle(event, 0.0)]
+        events = []
+        for decision in decisions:
+            placed += isinstance(decision, Place)
+            if isinstance(decision, AcquireGpu):
+                gpus += 1
+                events.append(GpuReady(f"g{gpus}", "m", 60_000))
+            elif isinstance(decision, Migrate):
+                d = decision
+                events.append(MigrationDone(d.request, d.src, d.dst, d.mode, 1, 1, 0.1))
+    assert placed == len(sizes)
+    assert gpus <= 1.02 * sum(size + 16 for size in sizes) / 60_000 + 1
+    scheduler.check()
 
 
 def test_idle_grace_keeps_a_gpu_for_the_next_request() -> None:

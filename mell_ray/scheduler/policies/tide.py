@@ -41,6 +41,7 @@ from mell_ray.scheduler.policies.headroom import Headroom
 from mell_ray.scheduler.state import Gpu, Request
 
 _FINE = 16  # a small request needs less than a GPU's capacity over that
+_CHUNKY = 12  # a request of a GPU's capacity over that or more is worth a search for a way
 _MAX_WAYS = 2  # chains of ejections per emptied GPU
 
 
@@ -110,7 +111,7 @@ class Tide(Policy):
 
     def _idle_for_free(self) -> bool:
         """Whether GPUs stand idle that are paid for anyway: filling one costs nothing."""
-        return len(self.pool.used()) < min(self.context.kept(), len(self.pool.keys))
+        return self.pool.num_used < min(self.context.kept(), len(self.pool.keys))
 
     def _make_room(self, request: Request, reason: str) -> Gpu | None:
         """Displace smaller requests if that is worth a GPU not opened; returns where there is
@@ -121,7 +122,10 @@ class Tide(Policy):
             return None  # less has been tried in vain, and no room has been freed since
         price = self.price()
         budget = self.params.make_room_s / price if price > 0 else float("inf")
-        search = Search(self.params.eject_candidates, self.params.chain, 0)
+        if request.need * _CHUNKY < pool.capacity:  # small: one of the emptiest has room, or none
+            search = Search(self.params.candidates, 1, 0)
+        else:
+            search = Search(self.params.eject_candidates, self.params.chain, 0)
         way = make_way(Draft(pool), request, search, budget)
         if way is None:
             self._hopeless = pool.frees, request.need
@@ -236,7 +240,7 @@ class Tide(Policy):
             target = draft.best_fit(request, search.reserve)
             if target is None:
                 ways += 1
-                if ways > _MAX_WAYS or request.need * 12 < self.pool.capacity:
+                if ways > _MAX_WAYS or request.need * _CHUNKY < self.pool.capacity:
                     return None
                 way = make_way(draft, request, search, budget - draft.moved)
                 if way is None:
