@@ -133,7 +133,8 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
         record = by_id[result["id"]]
         assert record["stall_seconds"] > 0
         assert record["stall_gaps"] > 0
-    assert by_id[results[0]["id"]]["transport"] == "objects"
+    # A short tail goes with the hand-over itself; longer moves name their transport.
+    assert {by_id[result["id"]]["transport"] for result in results} <= {None, "objects"}
     assert all(told["totals"][mode]["committed"] > 0 for mode in MODES)
     expected = asyncio.run(still())
     assert text == expected[0]

@@ -141,7 +141,8 @@ def test_plan_compares_policies_and_writes_a_report(tmp_path: Path, llama: Path)
     first = made["runs"][0]
     assert first["billed_usd"] == pytest.approx(2.0 * first["billed_gpu_hours"])
     assert first["migrated_bytes"] == first["migrated_tokens"] * 131072
-    assert first["options"]["startup_s"] == first["options"]["idle_grace_s"] == 5
+    options = first["options"]
+    assert (options["startup_s"], options["forecast"], options["idle_grace_s"]) == (5, True, 0)
     sources = {item["name"]: item["source"] for item in made["assumptions"]}
     assert sources["GPU price an hour"] == "given"
     assert sources["decode speed"].startswith("estimate")
