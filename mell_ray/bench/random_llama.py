@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write_random_llama(directory: Path, max_position_embeddings: int = 8192) -> None:
-    """About 50 million parameters: hidden 512, 8 layers, 8 heads, 4 of them for KV."""
+def write_random_llama(directory: Path, max_position_embeddings: int = 8192, seed: int = 0) -> int:
+    """About 50 million parameters: hidden 512, 8 layers, 8 heads, 4 of them for KV. Same seed, same
+    weights. Returns their number."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=512,
@@ -22,6 +22,8 @@ def write_random_llama(directory: Path, max_position_embeddings: int = 8192) -> 
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-        pad_token_id=None,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    return model.num_parameters()

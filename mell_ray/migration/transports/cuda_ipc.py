@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mell_ray.migration.transports.base import TransportError, TransportName
-from mell_ray.migration.transports.device import DeviceStream
+from mell_ray.migration.transports.device import DeviceStream, ReceiveBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,11 @@ class CudaIpcTransport:
         engine_stream: int,
     ) -> None:
         self._runtime = runtime
-        self._torch = torch
-        self._device = device
         self._slot_bytes = slot_bytes
         self._stream = DeviceStream(cuda, engine_stream)
         self._lent: dict[str, _Arena] = {}
         self._borrowed: dict[str, int] = {}  # peer -> address here
-        self._received: dict[str, Any] = {}  # by peer, used again
+        self._received = ReceiveBuffers(torch, device)
 
     def offer(self, peer: str) -> IpcTicket:
         if peer not in self._lent:
@@ -106,7 +104,7 @@ class CudaIpcTransport:
         address = self._borrowed.get(peer)
         if address is None:
             raise TransportError(f"cuda_ipc: nothing is borrowed from {peer}")
-        data = self._buffer(peer, parcel.nbytes)
+        data = self._received.take(peer, parcel.nbytes)
         await self._copy(peer, data.data_ptr(), address + parcel.offset, parcel.nbytes, timeout_s)
         return data
 
@@ -119,17 +117,9 @@ class CudaIpcTransport:
             self.abort(peer)
             raise TransportError(f"cuda_ipc with {peer}: {error}") from None
 
-    def _buffer(self, peer: str, nbytes: int) -> Any:
-        """Device memory for a chunk from ``peer``."""
-        buffer = self._received.get(peer)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-            self._received[peer] = buffer
-        return buffer[:nbytes]
-
     def abort(self, peer: str) -> None:
         self._give_back(peer)
-        self._received.pop(peer, None)
+        self._received.drop(peer)
         arena = self._lent.pop(peer, None)
         if arena is not None:
             self._runtime.free(arena.pointer)

@@ -48,3 +48,24 @@ class DeviceStream:
             if time.monotonic() > deadline:
                 raise TransportError(f"no end after {timeout_s:.1f} s")
             await asyncio.sleep(POLL_S)
+
+
+class ReceiveBuffers:
+    """Device memory for incoming chunks, one buffer per peer, used again for the next chunk."""
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self._torch = torch
+        self._device = device
+        self._of: dict[str, Any] = {}
+
+    def take(self, peer: str, nbytes: int) -> Any:
+        """Memory for a chunk from ``peer``."""
+        buffer = self._of.get(peer)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
+            self._of[peer] = buffer
+        return buffer[:nbytes]
+
+    def drop(self, peer: str) -> None:
+        """Nothing more comes from ``peer``."""
+        self._of.pop(peer, None)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mell_ray.migration.transports.base import TransportError, TransportName
-from mell_ray.migration.transports.device import DeviceStream
+from mell_ray.migration.transports.device import DeviceStream, ReceiveBuffers
 
 NAME: TransportName = "nccl"
 
@@ -57,7 +57,7 @@ class NcclTransport:
         self._device = device
         self._engine_stream = engine_stream
         self._links: dict[tuple[str, bool], _Link] = {}  # (peer, whether this is the source)
-        self._received: dict[str, Any] = {}  # by peer, used again
+        self._received = ReceiveBuffers(torch, device)
 
     def offer(self, peer: str) -> bytes:
         """A new communicator's id. The process that makes it also hosts the meeting point of the
@@ -129,7 +129,7 @@ class NcclTransport:
 
     async def recv_blocks(self, peer: str, parcel: int, timeout_s: float) -> Any:
         link = self._link(peer, is_source=False)
-        data = self._buffer(peer, parcel)
+        data = self._received.take(peer, parcel)
         try:
             _check(link.comm)
             link.stream.after_engine()
@@ -146,18 +146,10 @@ class NcclTransport:
             raise TransportError(f"nccl from {peer}: {error}") from None
         return data
 
-    def _buffer(self, peer: str, nbytes: int) -> Any:
-        """Device memory for a chunk from ``peer``."""
-        buffer = self._received.get(peer)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-            self._received[peer] = buffer
-        return buffer[:nbytes]
-
     def abort(self, peer: str) -> None:
         for is_source in (True, False):
             self._drop(peer, is_source=is_source)
-        self._received.pop(peer, None)
+        self._received.drop(peer)
 
     def _drop(self, peer: str, *, is_source: bool) -> None:
         link = self._links.pop((peer, is_source), None)
