@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from mell_ray.bench.summary import RequestTimes, percentiles_ms, summarise
 from mell_ray.bench.workload import BenchRequest
 from mell_ray.cli import app
 from tests.engine.support import VOCAB, engine, prompts
+
+_TICK_S = 0.02  # the kernel counts a process's start in hundredths
 
 
 def test_figures_of_known_times() -> None:
@@ -50,6 +55,13 @@ def test_closed_loop_keeps_its_concurrency_and_runs_everything() -> None:
     assert sum(finished) == sum(request.output_len for request in asked)
     assert all(t.submitted_s < t.tokens_s[0] <= t.tokens_s[-1] for t in times)
     assert 0 < times[-1].tokens_s[-1] - times[0].submitted_s <= duration
+
+
+def test_age_of_a_process_is_no_more_than_its_parent_saw() -> None:
+    code = "from mell_ray.bench.machine import seconds_since_process_start as age; print(age())"
+    before = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) <= time.monotonic() - before + _TICK_S
 
 
 @pytest.fixture(scope="module")
