@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 REMEMBERED = 1024
 
@@ -64,11 +64,12 @@ class Budgets:
 
     @asynccontextmanager
     async def chunk(
-        self, src: str, dst: str, nbytes: int, *, alone: bool = False
+        self, src: str, dst: str, nbytes: int, *, alone: bool = False, urgent: bool = False
     ) -> AsyncIterator[None]:
         """Hold room for one chunk at both ends, in the order of their names, so that two
         migrations in opposite directions never wait for each other. ``alone``: and let no other
-        chunk of this kind pass at either end meanwhile."""
+        chunk of this kind pass at either end meanwhile. ``urgent``: do not wait for bytes per
+        second, only for memory."""
         taken: list[ReplicaBudget] = []
         locks: list[asyncio.Lock] = []
         try:
@@ -79,7 +80,8 @@ class Budgets:
                 if alone:
                     await budget.alone.acquire()
                     locks.append(budget.alone)
-            await asyncio.sleep(max(budget.delay_s(nbytes) for budget in taken))
+            delay_s = max(budget.delay_s(nbytes) for budget in taken)
+            await asyncio.sleep(0.0 if urgent else delay_s)
             yield
         finally:
             for lock in locks:
@@ -89,7 +91,10 @@ class Budgets:
 
 
 class Slots:
-    """How many migrations may run at once, altogether and from or to each replica."""
+    """How many migrations may run at once, altogether and from or to each replica. Urgent ones
+    have slots of their own: ``URGENT`` times as many per replica, and any number altogether."""
+
+    URGENT = 4
 
     def __init__(self, total: int, per_replica: int) -> None:
         self._total = asyncio.Semaphore(total)
@@ -98,15 +103,16 @@ class Slots:
         self._ended = asyncio.Event()
 
     @asynccontextmanager
-    async def between(self, src: str, dst: str) -> AsyncIterator[None]:
+    async def between(self, src: str, dst: str, *, urgent: bool = False) -> AsyncIterator[None]:
         """Hold a slot. The replicas' own come first: a migration that waits for a busy replica
         must not keep others from running."""
-        while max(self._running.get(src, 0), self._running.get(dst, 0)) >= self._per_replica:
+        most = self._per_replica * (self.URGENT if urgent else 1)
+        while max(self._running.get(src, 0), self._running.get(dst, 0)) >= most:
             await self._ended.wait()
         for name in (src, dst):
             self._running[name] = self._running.get(name, 0) + 1
         try:
-            async with self._total:
+            async with nullcontext() if urgent else self._total:
                 yield
         finally:
             for name in (src, dst):

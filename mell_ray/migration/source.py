@@ -150,9 +150,9 @@ class MigrationSource:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def peer(self, migration_id: str) -> str:
-        """The target. Raises MigrationError if the migration is not known."""
-        return self._get(migration_id).order.dst
+    def order(self, migration_id: str) -> MigrationOrder:
+        """Raises MigrationError if the migration is not known."""
+        return self._get(migration_id).order
 
     def overdue(self, freeze_s: float) -> list[MigrationOrder]:
         """Frozen migrations that nobody has ended for ``freeze_s``: the replica settles them with

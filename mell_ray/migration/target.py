@@ -75,9 +75,9 @@ class MigrationTarget:
             engine.extend(migration_id, fresh)
             incoming.num_tokens += len(fresh)
 
-    def peer(self, migration_id: str) -> str:
-        """The source. Raises MigrationError if there is no such reservation."""
-        return self._touch(migration_id).order.src
+    def order(self, migration_id: str) -> MigrationOrder:
+        """Raises MigrationError if there is no such reservation."""
+        return self._touch(migration_id).order
 
     def progress(self, engine: Engine, migration_id: str) -> int:
         """Leading tokens whose KV is here. Raises MigrationError if the reservation is gone."""

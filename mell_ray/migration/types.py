@@ -24,6 +24,7 @@ class MigrationOrder:
     dst: str
     mode: Mode
     reason: str
+    urgent: bool = False  # the source must go: no limit meant for moves that can wait holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,18 @@ class Cordon:
 
 @dataclass(frozen=True, slots=True)
 class Evacuate:
-    """Operator: empty this GPU by migration and release it."""
+    """Empty this GPU by migration and release it. ``urgent``: as fast as its bytes move, whatever
+    limits there are for moves that can wait. From here on it counts neither towards the minimum
+    nor the maximum of its model: one comes in its place where the rest has no room."""
+
+    gpu: str
+    urgent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outdate:
+    """This GPU is about to be replaced: what leaves another goes to a newer one if any has room,
+    and nothing moves of its own accord while there are such GPUs."""
 
     gpu: str
 
@@ -151,6 +162,7 @@ Event = (
     | StepTime
     | Cordon
     | Evacuate
+    | Outdate
     | MigrateRequest
     | MigrationDone
     | MigrationFailed
@@ -194,6 +206,7 @@ class Migrate:
     dst: str
     mode: MigrationMode
     reason: str  # "consolidate" | "overflow" | "make-room" | "balance" | "evacuate" | "operator"
+    urgent: bool = False  # of an ``Evacuate`` that is
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class Executor:
             return False
         if request.gpu is None:
             self._place(request, gpu, out)
-        elif len(self.in_flight) < self._config.max_migrations_in_flight:
+        elif request.gpu.urgent or len(self.in_flight) < self._config.max_migrations_in_flight:
             self._depart(request, gpu, out)
         else:
             self._pool.capped[gpu] = None
@@ -86,7 +86,8 @@ class Executor:
         gpu.touch()
         request.dst = gpu
         self.in_flight[request] = None
-        out.append(Migrate(request.id, src.id, gpu.id, self._mode(request, src), request.reason))
+        mode = self._mode(request, src)
+        out.append(Migrate(request.id, src.id, gpu.id, mode, request.reason, src.urgent))
 
     def _mode(self, request: Request, src: Gpu) -> MigrationMode:
         assert request.dst is not None

@@ -46,7 +46,8 @@ class Fleet:
         self._retry_s = _FIRST_RETRY_S
 
     def total(self) -> int:
-        return len(self._pool.gpus) + len(self.starting)
+        """GPUs there and to come; those that are being emptied are as good as gone."""
+        return len(self._pool.gpus) - len(self._pool.draining) + len(self.starting)
 
     def can_grow(self, now: float) -> bool:
         return self.total() < self._pool.limits.max_gpus and now >= self._retry_at

@@ -255,6 +255,10 @@ class Ledger:
             return
         self.pool.unindex(gpu)
         gpu.state = state
+        if state == "draining":
+            self.pool.draining[gpu] = None
+        else:
+            self.pool.draining.pop(gpu, None)
         self.pool.index(gpu)
         self.pool.freed = True
         if state != "ready":
@@ -267,9 +271,9 @@ class Ledger:
             self._evacuate(gpu, now, out)
 
     def _evacuate(self, gpu: Gpu, now: float, out: list[Decision]) -> None:
-        """Plan moves for everything on a GPU that the operator wants empty."""
+        """Plan moves for everything on a GPU that is to be empty."""
         for request in reversed(list(gpu.movable())):
-            target = self.pool.best_fit(request)
+            target = self.pool.lasting_fit(request)
             if target is not None:
                 self.pool.assign(request, target, "evacuate")
             else:
@@ -306,9 +310,8 @@ class Ledger:
         self.fleet.foreseen = self._foresee(now)
         self.fleet.renew_promises(self._unplaced(), now, out)
         self.fit(now, out)
-        for gpu in self.pool.gpus.values():
-            if gpu.state == "draining":
-                self._evacuate(gpu, now, out)
+        for gpu in self.pool.draining:
+            self._evacuate(gpu, now, out)
         self._plan(now)
         self.settle(out)
         self.fleet.adjust(now, bool(len(self.line)), out)
@@ -324,7 +327,7 @@ class Ledger:
         """Let the policy move requests that run."""
         last = self._last_plan if self._last_plan is not None else now
         self._last_plan = now
-        quiet = now < self._quiet_until or len(self.line)
+        quiet = now < self._quiet_until or len(self.line) or self.pool.outdated
         if self.config.migration_enabled and not quiet:
             self.policy.tick(min(now - last, _LONGEST_TICK_S))
 

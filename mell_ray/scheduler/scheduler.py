@@ -25,6 +25,7 @@ from mell_ray.scheduler.events import (
     MigrateRequest,
     MigrationDone,
     MigrationFailed,
+    Outdate,
     Queue,
     Reject,
     StepTime,
@@ -91,6 +92,7 @@ class Scheduler:
             StepTime: self._step_time,
             Cordon: self._cordon,
             Evacuate: self._evacuate,
+            Outdate: self._outdate,
             MigrateRequest: self._migrate_request,
             MigrationDone: self._migration_done,
             MigrationFailed: self._migration_failed,
@@ -320,14 +322,22 @@ class Scheduler:
         self._set_state(event.gpu, "cordoned" if event.cordoned else "ready")
 
     def _evacuate(self, event: Evacuate) -> None:
-        self._set_state(event.gpu, "draining")
+        self._set_state(event.gpu, "draining", urgent=event.urgent)
 
-    def _set_state(self, id: str, state: str) -> None:
+    def _outdate(self, event: Outdate) -> None:
+        gpu = self._gpus.get(event.gpu)
+        if gpu is None:
+            self.ignored += 1
+            return
+        gpu.pool.outdated[gpu] = None
+
+    def _set_state(self, id: str, state: str, *, urgent: bool = False) -> None:
         gpu = self._gpus.get(id)
         if gpu is None:
             self.ignored += 1
             return
         ledger = self._ledgers[gpu.pool.model]
+        gpu.urgent = urgent
         ledger.set_state(gpu, state, self._now, self._out)
         ledger.settle(self._out)
 

@@ -99,6 +99,7 @@ class Gpu:
         "slot",
         "state",
         "steps",
+        "urgent",
     )
 
     def __init__(self, id: str, pool: Pool, capacity: int, node: str, max_requests: int) -> None:
@@ -108,6 +109,7 @@ class Gpu:
         self.node = node
         self.max_requests = max_requests
         self.state = "ready"  # "ready" | "cordoned" | "draining"
+        self.urgent = False  # draining, as fast as can be
         self.slot = 0  # small number, unique among the pool's GPUs; ties go to the lowest
         self.key = 0  # its entry in the pool's index; 0 while it is not there
         self.held = 0
@@ -182,6 +184,8 @@ class Pool:
         self.retry: dict[Gpu, None] = {}  # GPUs with room freed or plans made: try their inbound
         self.capped: dict[Gpu, None] = {}  # GPUs whose inbound waits for the in-flight limit
         self.emptied: dict[Gpu, None] = {}  # GPUs that somebody has left
+        self.draining: dict[Gpu, None] = {}  # GPUs in that state
+        self.outdated: dict[Gpu, None] = {}  # GPUs that are to be replaced
         self.freed = False  # room has been freed since the queue was last tried
         self.frees = 0  # how often room has been freed
 
@@ -208,7 +212,8 @@ class Pool:
         del self._known[gpu.id]
         if gpu.capacity == self.capacity:
             self._update_capacity()
-        self.emptied.pop(gpu, None)
+        for listed in (self.emptied, self.draining, self.outdated):
+            listed.pop(gpu, None)
         self.slots[gpu.slot] = None
         self.free_slots.append(gpu.slot)
         self.free_slots.sort(reverse=True)
@@ -283,6 +288,15 @@ class Pool:
                 return gpu if gpu.requests or not used else None
             position += 1
         return None
+
+    def lasting_fit(self, request: Request) -> Gpu | None:
+        """As ``best_fit``, but an outdated GPU only if no other has room."""
+        if self.outdated:
+            for gpu in self.indexed():
+                suits = gpu is not request.plan and gpu.id not in request.exclude
+                if suits and gpu not in self.outdated and gpu.room() >= request.need:
+                    return gpu
+        return self.best_fit(request)
 
     def roomiest(self, request: Request, but: int, reserve: int) -> Gpu | None:
         """The GPU in use with the most room after the ``but`` emptiest ones, if the request fits

@@ -1,4 +1,4 @@
-"""``mell-ray serve``, ``status`` and ``evacuate``."""
+"""``mell-ray serve``, ``status``, ``evacuate`` and ``drain``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(status)
     app.command()(evacuate)
+    app.command()(drain)
 
 
 def serve(
@@ -111,6 +112,34 @@ def evacuate(
     """Empty a replica by migrating its requests, then release it."""
     answer = _call(url, f"/mell/v1/replicas/{replica}/evacuate", method="POST")
     typer.echo(f"{answer['id']}: {answer['state']}, {answer['running']} requests to move")
+
+
+def drain(
+    node: Annotated[str, typer.Argument(help="Ray id of a node, or its address.")],
+    url: UrlOption = DEFAULT_URL,
+    undo: Annotated[bool, typer.Option(help="Let the node have replicas again.")] = False,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="Wait that long for the node to be empty, else fail.")
+    ] = 0.0,
+) -> None:
+    """Empty all replicas of a node by migration, as fast as possible, and put none there again."""
+    started = time.monotonic()
+    path = f"/mell/v1/nodes/{node}/drain"
+    answer = _call(url, path, method="POST", body={"drained": not undo})
+    if undo:
+        typer.echo(f"{node}: takes replicas again")
+        return
+    names = {view["id"] for view in answer["nodes"]}
+    left = sum(len(view["replicas"]) for view in answer["nodes"])
+    typer.echo(f"{node}: {left} replicas to empty")
+    while left and time.monotonic() - started < wait_s:
+        time.sleep(POLL_S / 5)
+        nodes = _call(url, "/mell/v1/state")["nodes"]
+        left = sum(len(view["replicas"]) for view in nodes if view["id"] in names)
+        if not left:
+            typer.echo(f"{node}: drained after {time.monotonic() - started:.1f} s")
+    if left and wait_s:
+        raise MellError(f"{node}: {left} replicas are not empty after {wait_s:g} s")
 
 
 # --- helpers -------------------------------------------------------------------------------
@@ -194,12 +223,13 @@ def _end_leftovers(scratch: str) -> None:
 
 
 def _cpu_slots(settings: dict[str, Any]) -> int:
-    """One slot for each CPU replica that the config may open."""
+    """One slot for each CPU replica that the config may open, and one for a replica that takes the
+    place of another."""
     slots = 0
     for application in settings["applications"]:
         for llm in (application.get("args") or {}).get("llm_configs", []):
             scaling = (llm.get("deployment_config") or {}).get("autoscaling_config") or {}
-            slots += int(scaling.get("max_replicas", 1))
+            slots += int(scaling.get("max_replicas", 1)) + 1
     return slots
 
 
@@ -278,7 +308,7 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
     return 0
 
 
-def _call(url: str, path: str, method: str = "GET") -> Any:
+def _call(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
     """One operator call, with the key in ``MELL_API_KEY`` where there is one.
 
     Raises:
@@ -286,7 +316,8 @@ def _call(url: str, path: str, method: str = "GET") -> Any:
     """
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(url.rstrip("/") + path, headers=headers, method=method)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url.rstrip("/") + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)

@@ -48,6 +48,8 @@ class Replica:
     state: ReplicaState = "starting"
     info: ReplicaInfo | None = None
     report: ReplicaReport | None = None
+    avoids: frozenset[str] = frozenset()  # nodes that it was not to be started on
+    withdrawn: bool = False  # killed while it started, as it was no longer wanted like this
 
 
 class Fleet:
@@ -58,6 +60,7 @@ class Fleet:
         self._settings = settings
         self.namespace = namespace
         self.replicas: dict[str, Replica] = {}
+        self.avoided: frozenset[str] = frozenset()  # ids of nodes that get no new replica
 
     def create(self, model_id: str) -> Replica:
         """Ask Ray for one more replica; it is pending until a node has room for it."""
@@ -90,8 +93,9 @@ class Fleet:
             max_concurrency=DATA_CONCURRENCY,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             **resources,
+            **self._elsewhere(),
         ).remote(spec)
-        replica = Replica(replica_id, model_id, actor)
+        replica = Replica(replica_id, model_id, actor, avoids=self.avoided)
         self.replicas[replica_id] = replica
         logger.info("replica %s requested on %s", replica_id, device)
         return replica
@@ -135,6 +139,11 @@ class Fleet:
 
     def count(self, model_id: str) -> int:
         return sum(replica.model_id == model_id for replica in self.replicas.values())
+
+    def _elsewhere(self) -> dict[str, Any]:
+        if not self.avoided:
+            return {}
+        return {"label_selector": {"ray.io/node-id": f"!in({', '.join(sorted(self.avoided))})"}}
 
     def _resources(self, llm: LLMConfig) -> tuple[str, dict[str, Any]]:
         offered = ray.cluster_resources()

@@ -182,15 +182,19 @@ class Ingress:
         return JSONResponse(await self._router.call("evacuate", replica_id), 202)
 
     @app.post(
+        "/mell/v1/nodes/{node}/drain",
+        **route(400, 404, 409, status=202, body=fields(drained={"type": "boolean"})),
+    )
+    async def drain_node(self, node: str, request: Request) -> Response:
+        drained = _flag(await _json_object(request), "drained")
+        return JSONResponse(await self._router.call("drain_node", node, drained), 202)
+
+    @app.post(
         "/mell/v1/replicas/{replica_id}/cordon",
         **route(400, 404, 409, body=fields(cordoned={"type": "boolean"})),
     )
     async def cordon(self, replica_id: str, request: Request) -> Response:
-        body = await _json_object(request)
-        _refuse_unknown(body, {"cordoned"})
-        cordoned = body.get("cordoned", True)
-        if not isinstance(cordoned, bool):
-            raise InvalidRequestError("'cordoned': must be true or false", param="cordoned")
+        cordoned = _flag(await _json_object(request), "cordoned")
         return JSONResponse(await self._router.call("cordon", replica_id, cordoned))
 
     @app.post(
@@ -332,6 +336,15 @@ async def _json_object(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequestError("the request body must be a JSON object")
     return body
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    """The only field that the body may have; true unless it says otherwise."""
+    _refuse_unknown(body, {name})
+    value = body.get(name, True)
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"'{name}': must be true or false", param=name)
+    return value
 
 
 def _refuse_unknown(body: dict[str, Any], known: set[str]) -> None:

@@ -158,10 +158,19 @@ class RayTarget:
 class LinkWay:
     """The way between two replicas, as all of this Migrator's migrations share it."""
 
-    def __init__(self, links: LinkTable, budgets: Budgets, src: Endpoint, dst: Endpoint) -> None:
+    def __init__(
+        self,
+        links: LinkTable,
+        budgets: Budgets,
+        src: Endpoint,
+        dst: Endpoint,
+        *,
+        urgent: bool = False,
+    ) -> None:
         self._links = links
         self._budgets = budgets
         self._ends = (src, dst)
+        self._urgent = urgent
 
     def transports(self) -> list[TransportName]:
         return self._links.ranked(*self._ends, time.monotonic())
@@ -175,8 +184,13 @@ class LinkWay:
 
     def chunk(self, transport: TransportName, nbytes: int) -> AbstractAsyncContextManager[None]:
         src, dst = self._ends
-        alone = transport in ALONE
-        return self._budgets.chunk(src.replica_id, dst.replica_id, nbytes, alone=alone)
+        return self._budgets.chunk(
+            src.replica_id,
+            dst.replica_id,
+            nbytes,
+            alone=transport in ALONE,
+            urgent=self._urgent,
+        )
 
 
 class Migrator:
@@ -201,7 +215,7 @@ class Migrator:
     ) -> MigrationResult:
         """Run one migration between replicas of ``namespace``; its result says who owns the
         request now."""
-        async with self._slots.between(order.src, order.dst):
+        async with self._slots.between(order.src, order.dst, urgent=order.urgent):
             try:
                 source = ray.get_actor(order.src, namespace=namespace)
                 target = ray.get_actor(order.dst, namespace=namespace)
@@ -215,7 +229,13 @@ class Migrator:
                     block_size=src.block_size,
                     block_nbytes=src.block_nbytes,
                     limits=self._limits,
-                    way=LinkWay(self._links, self._budgets, src.endpoint(), dst.endpoint()),
+                    way=LinkWay(
+                        self._links,
+                        self._budgets,
+                        src.endpoint(),
+                        dst.endpoint(),
+                        urgent=order.urgent,
+                    ),
                 )
         logger.info(
             "migration %s of %s %s -> %s (%s, %s): %s %s",

@@ -88,14 +88,14 @@ class Mover:
         meta, block_nbytes = await self._in_engine(look)
         if not meta.num_blocks:
             return meta, np.empty(0, np.uint8)
-        peer = self._source.peer(migration_id)
+        order = self._source.order(migration_id)
         if way.on_device:
             tensor = await self._in_engine(
                 lambda engine: self._source.copy_on_device(
                     engine, migration_id, first_block, meta.num_blocks
                 )
             )
-            return meta, await way.send_blocks(peer, tensor, LINK_TIMEOUT_S)
+            return meta, await way.send_blocks(order.dst, tensor, LINK_TIMEOUT_S)
         buffer = self._staging.take(migration_id, meta.nbytes)
 
         def gather(part: range) -> Callable[[Engine], None]:
@@ -104,17 +104,17 @@ class Mover:
                 engine, migration_id, first_block + part.start, len(part), out
             )
 
-        await self._sliced(meta.num_blocks, block_nbytes, gather)
-        return meta, await way.send_blocks(peer, buffer, LINK_TIMEOUT_S)
+        await self._sliced(meta.num_blocks, block_nbytes, gather, order)
+        return meta, await way.send_blocks(order.dst, buffer, LINK_TIMEOUT_S)
 
     async def receive(
         self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
     ) -> int:
         """Take a chunk in. Returns the leading tokens whose KV is here then."""
-        peer, block_nbytes = await self._in_engine(
-            lambda engine: (self._target.peer(migration_id), engine.block_nbytes)
+        order, block_nbytes = await self._in_engine(
+            lambda engine: (self._target.order(migration_id), engine.block_nbytes)
         )
-        data = await self.transports[transport].recv_blocks(peer, parcel, LINK_TIMEOUT_S)
+        data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
         num_blocks = len(data) // block_nbytes
 
         def scatter(part: range) -> Callable[[Engine], None]:
@@ -126,18 +126,24 @@ class Mover:
                 engine, migration_id, first_block + start, piece
             )
 
-        await self._sliced(num_blocks, block_nbytes, scatter)
+        await self._sliced(num_blocks, block_nbytes, scatter, order)
         return await self._in_engine(lambda engine: self._target.progress(engine, migration_id))
 
     async def _sliced(
-        self, num_blocks: int, block_nbytes: int, work: Callable[[range], Callable[[Engine], None]]
+        self,
+        num_blocks: int,
+        block_nbytes: int,
+        work: Callable[[range], Callable[[Engine], None]],
+        order: MigrationOrder,
     ) -> None:
-        """Copy in slices, so that a step is never late by more than its share."""
-        for part in self._pacer.slices(num_blocks, block_nbytes, busy=self._busy):
+        """Copy in slices, so that a step is never late by more than its share; what is urgent,
+        in one."""
+        paced = self._busy and not order.urgent
+        for part in self._pacer.slices(num_blocks, block_nbytes, busy=paced):
             seconds = await self._in_engine(_timed(work(part)))
             self._pacer.copied(len(part) * block_nbytes, seconds)
             if part.stop < num_blocks:
-                await asyncio.sleep(self._pacer.pause_s(seconds, busy=self._busy))
+                await asyncio.sleep(self._pacer.pause_s(seconds, busy=paced))
 
     def thaw(self, engine: Engine, migration_id: str) -> bool:
         self._staging.release(migration_id)

@@ -42,6 +42,7 @@ class Moves:
             dst=decision.dst,
             mode=self._mode(decision),
             reason=decision.reason,
+            urgent=decision.urgent,
         )
         entry.migrating_to = decision.dst
         task = self._core.spawn(self._run(order, entry))

@@ -33,6 +33,7 @@ from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import Replica
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.moves import Moves
+from mell_ray.serving.nodes import Nodes
 from mell_ray.serving.observer import Observer
 from mell_ray.serving.placement import Placement
 from mell_ray.serving.snapshot import state_snapshot
@@ -54,7 +55,10 @@ class Router:
         core.carry_out = self._carry_out
         self._observer = Observer(core, RayRecorder("router"), self._placement.waiting)
         core.on_migrated = self._observer.migrated
+        self._nodes = Nodes(core, self._watch)
+        await self._nodes.attach()
         await self._watch.attach()
+        core.spawn(self._nodes.follow())
         self._clock = core.spawn(self._run_clock())
         await self._wait_for_first_replicas()
 
@@ -136,7 +140,8 @@ class Router:
         """Every replica and request, as the replicas see them now."""
         await self._watch.poll_all()
         state = state_snapshot(self._core.fleet.replicas.values(), self._placement.waiting())
-        return state | {"exactly_once_violations": self._violations}
+        nodes = {"nodes": self._nodes.view()}
+        return state | nodes | {"exactly_once_violations": self._violations}
 
     async def page_data(self) -> bytes:
         """JSON for the status page."""
@@ -192,6 +197,10 @@ class Router:
         self._watch.drain(replica)
         running = replica.report.stats.running if replica.report else 0
         return {"id": replica_id, "state": replica.state, "running": running}
+
+    async def drain_node(self, node: str, drained: bool) -> dict[str, Any]:
+        """See ``Nodes.drain``."""
+        return await self._nodes.drain(node, drained)
 
     async def cordon(self, replica_id: str, cordoned: bool) -> dict[str, Any]:
         """Keep new requests off a replica, or let them on again."""

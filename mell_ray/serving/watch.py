@@ -41,7 +41,8 @@ class Watch:
         """Take over what an earlier Router has left, before anything new is placed. Replicas with
         other settings than today's are emptied and replaced."""
         outdated: list[Replica] = []
-        for replica in self._core.fleet.attach():
+        attached = self._core.fleet.attach()
+        for replica in attached:
             llm = self._core.llms.get(replica.model_id)
             if llm is None:
                 self._core.fleet.kill(replica.replica_id)
@@ -52,9 +53,12 @@ class Watch:
         await self.poll_all()
         for replica in outdated:
             self.drain(replica)
+        for replica in attached:
+            self._leave_node(replica)
 
     def drain(self, replica: Replica) -> None:
-        """Empty a replica by migration; it is released when it is empty."""
+        """Empty a replica by migration, as fast as its bytes move; it is released when it is
+        empty."""
         replica.state = "draining"
         self._core.handle(Evacuate(replica.replica_id))
 
@@ -73,6 +77,14 @@ class Watch:
         """Ask Ray for one more replica."""
         self._core.spawn(self._start(self._core.fleet.create(model_id)))
 
+    def reconsider(self) -> None:
+        """Nodes may be used again: ask anew for the replicas that were to keep off them, as they
+        may be waiting for a node that never comes."""
+        for replica in list(self._core.fleet.replicas.values()):
+            if replica.state == "starting" and replica.avoids - self._core.fleet.avoided:
+                replica.withdrawn = True
+                self._core.fleet.kill(replica.replica_id)
+
     async def release(self, replica_id: str) -> None:
         """End an empty replica; if something has arrived there meanwhile it stays."""
         replica = self._core.fleet.replicas.get(replica_id)
@@ -87,6 +99,7 @@ class Watch:
             self._core.fleet.kill(replica_id)
         else:
             self._join(replica)
+            self._leave_node(replica)
 
     def evict(self, request_id: str, replica_id: str) -> None:
         """Take a request off its replica; its ingress will ask for another place."""
@@ -128,6 +141,9 @@ class Watch:
         try:
             await self._core.fleet.wait_ready(replica)
         except ServerError as error:
+            if replica.withdrawn:
+                self._core.handle(AcquireFailed(replica.model_id, "withdrawn"))
+                return
             logger.error("%s", error)
             self.start_errors[replica.model_id] = str(error)
             self._core.handle(AcquireFailed(replica.model_id, str(error)))
@@ -136,6 +152,13 @@ class Watch:
             return
         self.start_errors.pop(replica.model_id, None)
         self._join(replica)
+        self._leave_node(replica)
+
+    def _leave_node(self, replica: Replica) -> None:
+        """Empty the replica if the node that it is on is to be left."""
+        known = self._core.fleet.replicas.get(replica.replica_id) is replica
+        if known and replica.info is not None and replica.info.node_id in self._core.fleet.avoided:
+            self.drain(replica)
 
     def _join(self, replica: Replica) -> None:
         info = replica.info

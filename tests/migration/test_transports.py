@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import numpy as np
 import pytest
@@ -189,6 +190,35 @@ def test_bandwidth_limit_spaces_chunks_out() -> None:
     delays = [budget.delay_s(500) for _ in range(4)]
     assert delays == pytest.approx([0.5, 1.0, 1.5, 2.0], abs=0.05)
     assert ReplicaBudget(1, None).delay_s(1 << 40) == 0
+
+
+async def test_urgent_chunks_and_migrations_wait_for_memory_only() -> None:
+    budgets = Budgets(1000, bytes_per_s=1e-3)
+    async with asyncio.timeout(5), budgets.chunk("a", "b", 900, urgent=True):
+        waiting = asyncio.create_task(_hold(budgets.chunk("a", "c", 900, urgent=True)))
+        await _a_while()
+        assert not waiting.done()
+    await asyncio.wait_for(waiting, 5)
+    slots = Slots(total=1, per_replica=1)
+    async with AsyncExitStack() as held:
+        for peer in "bcde":
+            await held.enter_async_context(slots.between("a", peer, urgent=True))
+        later = asyncio.create_task(_hold(slots.between("a", "f", urgent=True)))
+        plain = asyncio.create_task(_hold(slots.between("a", "f")))
+        await _a_while()
+        assert not later.done()
+        assert not plain.done()
+    await asyncio.wait_for(asyncio.gather(later, plain), 5)
+
+
+async def _a_while() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def _hold(context: AbstractAsyncContextManager[None]) -> None:
+    async with context:
+        pass
 
 
 async def test_slots_are_counted_per_replica() -> None:

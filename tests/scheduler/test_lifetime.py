@@ -22,6 +22,7 @@ from mell_ray.scheduler.events import (
     Migrate,
     MigrateRequest,
     MigrationDone,
+    Outdate,
     Place,
     Queue,
     Reject,
@@ -203,6 +204,59 @@ def test_evacuation_without_room_waits_for_a_gpu() -> None:
     assert list(world.capacity) == ["g1"]
 
 
+def test_urgent_moves_do_not_wait_for_each_other() -> None:
+    world = make_world(instant_moves=False, max_gpus=2, max_migrations_in_flight=1)
+    for name in "abcd":
+        world.arrive(name, 20)
+    world.send(GpuReady("x", "m", 100))
+    world.capacity["x"] = 100
+    world.send(Evacuate("g0"))
+    assert world.moving.keys() == set("abcd")
+    assert all(move.urgent for move in world.moving.values())
+    world.check()
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (0, 1), (1, 2)])
+def test_a_gpu_comes_in_the_place_of_one_that_is_emptied(least: int, most: int) -> None:
+    world = make_world(instant_gpus=False, min_gpus=least, max_gpus=most)
+    world.arrive("a", 60)
+    world.start_gpu()
+    world.send(Evacuate("g0"))
+    world.tick()
+    assert world.starting == ["m"], "one more than the maximum while one goes"
+    world.tick()
+    assert world.starting == ["m"]
+    world.start_gpu()
+    world.tick()
+    assert world.where == {"a": "g1"}
+    world.tick()
+    assert list(world.capacity) == ["g1"]
+    assert not world.starting
+    world.check()
+
+
+def test_what_leaves_goes_to_a_newer_gpu_if_one_has_room() -> None:
+    world = make_world(max_gpus=9, idle_grace_s=9)
+    world.arrive("a", 60)
+    world.arrive("b", 60)
+    world.send(GpuReady("new", "m", 100))
+    world.capacity["new"] = 100
+    world.send(Outdate("g0"))
+    world.send(Outdate("g1"))
+    world.arrive("c", 30)
+    assert world.where == {"a": "g0", "b": "g1", "c": "g0"}, "old ones serve on"
+    world.tick()
+    assert world.where == {"a": "g0", "b": "g1", "c": "g0"}
+    world.send(Evacuate("g0"))
+    assert world.where["a"] == "new"
+    assert world.where["c"] == "new"
+    world.send(Evacuate("g1"))
+    world.tick()
+    assert "g0" not in world.capacity
+    assert world.where["b"] not in ("g0", "g1")
+    world.check()
+
+
 def test_operator_moves_one_request() -> None:
     world = make_world(instant_moves=False)
     world.arrive("a", 60)
@@ -365,7 +419,7 @@ def test_at_most_so_many_migrations_at_once(limit: int) -> None:
     world.arrive("f", 90)
     world.finish("f")
     source = world.where["a"]
-    world.send(Evacuate(source))
+    world.send(Evacuate(source, urgent=False))
     while world.moving:
         assert len(world.moving) <= limit
         world.finish_move(next(iter(world.moving)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mell_ray.scheduler import policy_names
-from mell_ray.scheduler.events import Cordon, Evacuate, MigrateRequest, StepTime
+from mell_ray.scheduler.events import Cordon, Evacuate, MigrateRequest, Outdate, StepTime
 from tests.scheduler.world import CAPACITY, World, make_world
 
 SIZES = st.one_of(st.integers(1, 100), st.integers(1, 12), st.integers(28, 60))
@@ -103,11 +103,13 @@ class Machine(RuleBasedStateMachine):
         self.world.lose(self.pick(data, self.world.capacity))
 
     @precondition(lambda self: self.world.capacity)
-    @rule(data=st.data(), what=st.sampled_from(["cordon", "uncordon", "evacuate"]))
+    @rule(data=st.data(), what=st.sampled_from(["cordon", "uncordon", "evacuate", "outdate"]))
     def operator(self, data: st.DataObject, what: str) -> None:
         gpu = self.pick(data, self.world.capacity)
         if what == "evacuate":
-            self.world.send(Evacuate(gpu))
+            self.world.send(Evacuate(gpu, urgent=data.draw(st.booleans())))
+        elif what == "outdate":
+            self.world.send(Outdate(gpu))
         else:
             self.world.send(Cordon(gpu, what == "cordon"))
 

@@ -64,6 +64,10 @@ class Router:
     def cordon(self, replica_id: str, cordoned: bool) -> dict[str, Any]:
         return self._replica(replica_id) | {"cordoned": cordoned}
 
+    def drain_node(self, node: str, drained: bool) -> Any:
+        del drained
+        raise NotFoundError(f"node {node!r} is not in the cluster", param="id")
+
     def open_replica(self, model: str | None) -> Any:
         if model not in (None, self._model_id):
             raise NotFoundError(f"model {model!r} is not served here", param="model")

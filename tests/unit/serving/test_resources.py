@@ -40,6 +40,14 @@ def test_a_replica_asks_for(
     assert Fleet({}, config.mell, "space")._resources(llm) == expected
 
 
+def test_new_replicas_keep_off_nodes_that_are_left() -> None:
+    fleet = Fleet({}, _config("CPU", {}).mell, "space")
+    assert fleet._elsewhere() == {}
+    fleet.avoided = frozenset({"b" * 56, "a" * 56})
+    selector = {"ray.io/node-id": f"!in({'a' * 56}, {'b' * 56})"}
+    assert fleet._elsewhere() == {"label_selector": selector}
+
+
 @pytest.mark.parametrize(
     ("resource", "expected"),
     [(None, {"num_cpus": 0}), ("head", {"num_cpus": 0, "resources": {"head": 0.001}})],
