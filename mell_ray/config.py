@@ -210,6 +210,11 @@ class FleetConfig(_Strict):
         gt=1,
         description="A replica that no Router has asked for that long ends itself.",
     )
+    share_weights: bool | None = Field(
+        default=None,
+        description="Keep one copy of a model's weights in each node's memory: replicas that start "
+        "there take them from it, and CPU replicas run from it. Unset: for CPU replicas.",
+    )
     cpu_resource: str = Field(
         default="mell_cpu",
         description="Custom resource that a CPU replica takes one of. Where no node of the "

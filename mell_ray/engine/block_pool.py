@@ -135,6 +135,13 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def forget_cached(self) -> None:
+        """Forget what the blocks hold. Only where none is in use."""
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of = [None] * (self.capacity + 1)
+        self._blank = list(range(self.capacity, 0, -1))
+
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Compare with the blocks that all ``holders`` say they have.
 

@@ -7,6 +7,7 @@ and releases; a target reserves, imports or prefills, and activates. See docs of
 
 from __future__ import annotations
 
+import gc
 import time
 
 import numpy as np
@@ -37,6 +38,7 @@ from mell_ray.engine.types import (
     TokenDelta,
 )
 from mell_ray.engine.validation import validate_state
+from mell_ray.engine.weight_image import WeightImage
 from mell_ray.errors import ConfigError, ConflictError, InvalidRequestError
 
 
@@ -49,8 +51,13 @@ class Engine:
         config: EngineConfig,
         device: str = "cpu",
         grammars: GrammarCompiler | None = None,
+        image: WeightImage | None = None,
     ) -> None:
-        """``grammars``: for requests with a grammar, which are refused without it."""
+        """
+        Args:
+            grammars: for requests with a grammar, which are refused without it.
+            image: what ``model`` was made into or from; an engine without one cannot sleep.
+        """
         self.block_size = config.block_size
         shape = model.kv_shape.stored_as(config.kv_cache_dtype)
         self.block_nbytes = shape.block_nbytes(config.block_size)
@@ -79,7 +86,11 @@ class Engine:
         max_blocks = -(-longest // self.block_size) + 1
         self._builder = BatchBuilder(config.max_num_seqs, max_blocks, self.block_size, target)
         self._workspace = ops.Workspace()
-        self._graphs = self._capture_graphs(graph_sizes(shape, config), max_blocks)
+        self._graph_sizes = graph_sizes(shape, config)
+        self._max_blocks = max_blocks
+        self._graphs = self._capture_graphs()
+        self._image = image
+        self.asleep = False
         self._seqs: dict[str, Sequence] = {}  # owned here, by request id
         self._reservations = Reservations(self._planner, self._kv)
         self._pending: list[TokenDelta] = []  # what the next step hands out first
@@ -88,10 +99,49 @@ class Engine:
         self._masks = None if grammars is None else GrammarMasks(grammars)
 
     @torch.inference_mode()
-    def _capture_graphs(self, sizes: list[int], max_blocks: int) -> DecodeGraphs | None:
+    def _capture_graphs(self) -> DecodeGraphs | None:
+        sizes = self._graph_sizes
         if not sizes or self._kv.tensor.device.type != "cuda":
             return None
-        return DecodeGraphs(self._model, self._kv, sizes, max_blocks, CudaCapture())
+        return DecodeGraphs(self._model, self._kv, sizes, self._max_blocks, CudaCapture())
+
+    # --- sleep ---------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give up weights, KV pool and prefix cache until ``wake``.
+
+        Raises:
+            ConflictError: requests or reservations are here, or the weights are nowhere else.
+        """
+        if self._seqs or self._reservations.sequences() or self._pending:
+            raise ConflictError("an engine with requests cannot sleep")
+        if self._image is None:
+            raise ConflictError("this engine cannot sleep: its weights are not shared")
+        if self.asleep:
+            return
+        self.asleep = True
+        self._blocks.forget_cached()
+        self._kv.release()
+        self._graphs = None
+        self._workspace = ops.Workspace()
+        del self._model
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take weights and an empty KV pool back; on failure the engine sleeps on."""
+        if not self.asleep:
+            return
+        assert self._image is not None
+        try:
+            self._model = self._image.load()
+            self._kv.allocate()
+            self._graphs = self._capture_graphs()
+        except BaseException:
+            self._kv.release()
+            raise
+        self.asleep = False
 
     # --- life of a request ---------------------------------------------------------------------
 
@@ -123,7 +173,7 @@ class Engine:
             ConflictError: a request of this id is here already.
         """
         self.validate(state)
-        self._refuse_duplicate(state.request_id)
+        self._refuse_unwelcome(state.request_id)
         seq = self._sequence(state)
         seq.num_computed = 0
         seq.state.kv_format = self.kv_format
@@ -375,7 +425,7 @@ class Engine:
                 whose format is another (``kv_format``).
         """
         self.validate(state)
-        self._refuse_duplicate(state.request_id)
+        self._refuse_unwelcome(state.request_id)
         imports = not prefill if imports is None else imports
         if imports:
             self._reservations.refuse_foreign(state)
@@ -453,7 +503,9 @@ class Engine:
         if grammar is not None and self._masks is not None:
             seq.constraint = self._masks.open(grammar)
 
-    def _refuse_duplicate(self, request_id: str) -> None:
+    def _refuse_unwelcome(self, request_id: str) -> None:
+        if self.asleep:
+            raise ConflictError("this engine sleeps")
         if request_id in self._seqs or self._reservations.holds_request(request_id):
             raise ConflictError(f"request {request_id} is already here")
 

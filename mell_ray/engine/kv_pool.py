@@ -90,17 +90,30 @@ class KVPool:
     def __init__(
         self, shape: KVShape, block_size: int, capacity: int, device: torch.device
     ) -> None:
-        block = shape.block(block_size)
         self.block_nbytes = shape.block_nbytes(block_size)
         self.format = shape.format(block_size)
+        self._shape = shape
+        self._block = shape.block(block_size)
+        self._capacity = capacity
+        self._device = device
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory, at first or after ``release``."""
+        shape, rows = self._shape, self._capacity + 1
         self.cache: torch.Tensor | int8.Int8Pool
         if shape.int8:
-            size = (capacity + 1, self.block_nbytes)
-            self.tensor = torch.zeros(size, dtype=torch.uint8, device=device)
-            self.cache = int8.Int8Pool(self.tensor, block, shape.dtype)
+            self.tensor = torch.zeros(
+                (rows, self.block_nbytes), dtype=torch.uint8, device=self._device
+            )
+            self.cache = int8.Int8Pool(self.tensor, self._block, shape.dtype)
         else:
-            self.tensor = torch.zeros((capacity + 1, *block), dtype=shape.dtype, device=device)
+            self.tensor = torch.zeros((rows, *self._block), dtype=shape.dtype, device=self._device)
             self.cache = self.tensor
+
+    def release(self) -> None:
+        """Give the memory back, with all that is in it; nothing else works until ``allocate``."""
+        self.cache = self.tensor = self.tensor.new_empty(0)
 
     @torch.inference_mode()
     def export(self, block_ids: list[int]) -> np.ndarray:

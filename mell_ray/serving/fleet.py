@@ -79,6 +79,7 @@ class Fleet:
             lease_s=self._settings.fleet.replica_lease_s,
             ingress_timeout_s=INGRESS_TIMEOUT_S,
             config_hash=config_hash(llm),
+            share_weights=self._shares_weights(device),
             log_level=self._settings.log_level,
             tracing=self._settings.observability.tracing,
         )
@@ -144,6 +145,10 @@ class Fleet:
         if not self.avoided:
             return {}
         return {"label_selector": {"ray.io/node-id": f"!in({', '.join(sorted(self.avoided))})"}}
+
+    def _shares_weights(self, device: str) -> bool:
+        wanted = self._settings.fleet.share_weights
+        return device == "cpu" if wanted is None else wanted
 
     def _resources(self, llm: LLMConfig) -> tuple[str, dict[str, Any]]:
         offered = ray.cluster_resources()

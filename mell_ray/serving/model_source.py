@@ -58,13 +58,21 @@ def context_length(llm: LLMConfig) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def build_engine(llm: LLMConfig, device: str) -> Engine:
+def build_engine(llm: LLMConfig, device: str, *, share_weights: bool) -> Engine:
+    """``share_weights``: take them from another replica of this node, or leave them for others."""
     from transformers.utils.logging import disable_progress_bar
 
     from mell_ray.engine import Engine, load_model
     from mell_ray.engine.grammar import GrammarCompiler
+    from mell_ray.engine.weight_store import image_key, load_shared
 
     disable_progress_bar()
-    model = load_model(resolve_source(llm), llm.engine_kwargs, device)
+    source, kwargs = resolve_source(llm), llm.engine_kwargs
+    image = None
+    if share_weights:
+        key = image_key(source, kwargs, device)
+        model, image = load_shared(key, lambda: load_model(source, kwargs, device))
+    else:
+        model = load_model(source, kwargs, device)
     grammars = GrammarCompiler(lambda: load_tokenizer(llm), model.vocab_size, model.eos_token_ids)
-    return Engine(model, llm.engine_kwargs, device, grammars)
+    return Engine(model, kwargs, device, grammars, image)

@@ -77,7 +77,7 @@ class GPUReplica:
         configure_logging(spec.log_level)
         born = time.monotonic()
         self._spec = spec
-        self._engine = build_engine(spec.llm, spec.device)
+        self._engine = build_engine(spec.llm, spec.device, share_weights=spec.share_weights)
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
         self._source = MigrationSource(spec.migration.timeout_s)
         self._target = MigrationTarget(spec.migration.timeout_s)

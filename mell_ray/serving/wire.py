@@ -86,6 +86,7 @@ class ReplicaSpec:
     lease_s: float
     ingress_timeout_s: float
     config_hash: str
+    share_weights: bool
     log_level: str
     tracing: TracingConfig
 

@@ -12,6 +12,7 @@ from mell_ray.engine import Engine, load_model
 from mell_ray.engine.graphs import DecodeGraphs, Forward, bucket_sizes
 from mell_ray.engine.kv_pool import KVPool
 from mell_ray.engine.memory import MemoryProfile, _largest_step, graph_sizes, profile
+from mell_ray.engine.weight_image import WeightImage
 from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config, tiny
 
 
@@ -171,3 +172,22 @@ def test_a_gpu_is_filled_but_not_beyond_its_share() -> None:
     free, total = torch.cuda.mem_get_info()
     assert pool.tensor.nbytes > 0.1 * total
     assert total - free <= 0.31 * total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_engine_leaves_the_gpu_and_comes_back() -> None:
+    config = small_config(num_gpu_blocks_override=200)
+    model = load_model(build(hf.LlamaConfig(**TINY)), config, "cuda")
+    image = WeightImage.of(model, "mell-weights-gpu", 1 << 30)
+    subject = Engine(model, config, "cuda", image=image)
+    del model
+    prompt = prompts(1)[0]
+    subject.add(request("before", prompt))
+    before = drain(subject).tokens["before"]
+    held = torch.cuda.memory_allocated()
+    subject.sleep()
+    assert torch.cuda.memory_allocated() < held
+    subject.wake()
+    subject.add(request("after", prompt))
+    assert drain(subject).tokens["after"] == before

@@ -140,7 +140,7 @@ def make_api(patch: pytest.MonkeyPatch, args: dict[str, Any]) -> WithRequestId:
     ingress._page_data = PageData(router)  # type: ignore[arg-type]
     ingress._service = Service(
         [module._served_model(llm)],
-        InProcessRuns(build_engine(llm, "cpu")),
+        InProcessRuns(build_engine(llm, "cpu", share_weights=False)),
         module._PoolLimits(router),  # type: ignore[arg-type]
         config.mell.ingress.default_max_tokens,
     )
