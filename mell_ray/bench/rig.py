@@ -52,6 +52,11 @@ class Watched:
         while self.num_tokens < num_tokens and not self.track.finished:
             await asyncio.sleep(POLL_S)
 
+    async def followed_to(self, replica_id: str) -> None:
+        """Until the stream has told that the request lives there; commits are known earlier."""
+        while self.track.replica_id != replica_id and not self.track.finished:
+            await asyncio.sleep(POLL_S)
+
 
 class Rig:
     """``count`` replicas of one model. Ray must be running; ``close`` kills the replicas."""
@@ -117,7 +122,7 @@ class Rig:
         bytes_per_s: float | None = None,
     ) -> MigrationResult:
         """Move a request to ``dst`` or to the replica after its own, over a link of at most
-        ``bytes_per_s``."""
+        ``bytes_per_s``. Returns when this end has heard of it too."""
         names = [replica.replica_id for replica in self.replicas]
         src = self.replicas[names.index(watched.track.replica_id)]
         dst = dst or self.replicas[(names.index(src.replica_id) + 1) % len(names)]
@@ -132,7 +137,7 @@ class Rig:
             "bench",
         )
         budgets = Budgets(self._config.buffer_bytes, bytes_per_s)
-        return await migrate(
+        result = await migrate(
             order,
             RaySource(src.actor, self._no_faults),
             RayTarget(dst.actor, self._no_faults),
@@ -145,6 +150,9 @@ class Rig:
             ),
             way=LinkWay(self._table, budgets, src.info.endpoint(), dst.info.endpoint()),
         )
+        if result.outcome == "committed":
+            await watched.followed_to(dst.replica_id)
+        return result
 
     @property
     def chunk_bytes(self) -> int:

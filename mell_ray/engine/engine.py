@@ -364,6 +364,18 @@ class Engine:
         """``export_blocks`` into memory that is there already: 1-D uint8 of the same length."""
         self._kv.export_into(self._own_blocks(request_id, first_block, num_blocks), out)
 
+    def lend_blocks(
+        self, request_id: str, first_block: int, num_blocks: int, max_pieces: int
+    ) -> list[np.ndarray] | None:
+        """``export_blocks`` without a copy, in at most ``max_pieces`` read-only pieces; None where
+        that cannot be. What is read from them is the request's as long as ``times_dropped`` stays
+        what it was; see there."""
+        return self._kv.lend(self._own_blocks(request_id, first_block, num_blocks), max_pieces)
+
+    def times_dropped(self, request_id: str) -> int:
+        """How often a request has lost its blocks to others. Raises KeyError if not owned."""
+        return self._seqs[request_id].times_dropped
+
     def export_tensor(self, request_id: str, first_block: int, num_blocks: int) -> torch.Tensor:
         """``export_blocks`` without leaving the engine's device."""
         return self._kv.export_tensor(self._own_blocks(request_id, first_block, num_blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,6 +135,22 @@ class KVPool:
             torch.index_select(rows, 0, ids, out=target.view(len(block_ids), -1))
         else:
             target.copy_(ops.gather_blocks(self.tensor, ids))
+
+    def lend(self, block_ids: list[int], max_pieces: int) -> list[np.ndarray] | None:
+        """The blocks' bytes where they lie, read-only and in order: 1-D uint8, adjacent blocks in
+        one piece. None where they are not in host memory or in more than ``max_pieces``."""
+        if self.tensor.device.type != "cpu":
+            return None
+        starts = [0] + [i for i, (a, b) in enumerate(pairwise(block_ids), 1) if b != a + 1]
+        if len(starts) > max_pieces:
+            return None
+        rows = self.tensor.view(torch.uint8).view(self.tensor.shape[0], -1).numpy()
+        pieces = []
+        for start, stop in pairwise([*starts, len(block_ids)]):
+            piece = rows[block_ids[start] : block_ids[start] + stop - start].reshape(-1)
+            piece.flags.writeable = False
+            pieces.append(piece)
+        return pieces
 
     @torch.inference_mode()
     def export_tensor(self, block_ids: list[int]) -> torch.Tensor:

@@ -96,6 +96,7 @@ class Planner:
     def drop_blocks(self, seq: Sequence) -> None:
         self.pool.free(seq.blocks)
         seq.blocks = []
+        seq.times_dropped += 1
         seq.num_registered = 0
         seq.num_table_blocks = 0
         if seq.row is not None:

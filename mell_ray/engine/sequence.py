@@ -23,6 +23,7 @@ class Sequence:
     status: SeqStatus = "waiting"  # planner; engine for "frozen" and "reserved"
     token_ids: list[int] = field(init=False)  # engine
     blocks: list[int] = field(default_factory=list)  # planner; engine for imports
+    times_dropped: int = 0  # planner: how often its blocks went back to the pool
     chain: list[bytes] = field(default_factory=list)  # prefix hashes, lengthened on demand
     num_registered: int = 0  # leading blocks offered to the prefix index
     row: int | None = None  # planner: row of the block table, while it holds blocks

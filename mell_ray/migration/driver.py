@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 
-from mell_ray.engine.types import RequestState
+from mell_ray.engine.types import RequestState, Reservation
 from mell_ray.errors import MellError, MigrationError
 from mell_ray.migration.copying import BlockCopier, CopyLimits
 from mell_ray.migration.peers import PeerDied, PlainWay, Source, Target, Way
@@ -42,6 +42,7 @@ class _Progress:
     cached_tokens: int = 0
     generation: int = 0
     freeze_s: float = 0.0
+    copy_s: float = 0.0
 
 
 async def migrate(
@@ -90,6 +91,7 @@ async def migrate(
         generation=progress.generation,
         seconds=time.monotonic() - started,
         freeze_s=progress.freeze_s,
+        copy_s=progress.copy_s,
         finished_at=time.time(),
         transport=copier.done.transport or "",
         fallbacks=copier.done.fallbacks,
@@ -112,6 +114,26 @@ async def _bring_close(
     """
     reservation = await target.reserve(order, state)
     progress.cached_tokens = reservation.num_cached_tokens
+    started = time.monotonic()
+    try:
+        return await _copy(
+            order, state, reservation, source, target, copier, block_size, limits, progress
+        )
+    finally:
+        progress.copy_s = time.monotonic() - started
+
+
+async def _copy(
+    order: MigrationOrder,
+    state: RequestState,
+    reservation: Reservation,
+    source: Source,
+    target: Target,
+    copier: BlockCopier,
+    block_size: int,
+    limits: DriverLimits,
+    progress: _Progress,
+) -> int:
     if order.mode == "token":
         await _catch_up(order.migration_id, source, target, state.num_tokens, limits, progress)
         return 0

@@ -43,6 +43,10 @@ class Pacer:
         if nbytes and seconds > 0:
             self._bytes_per_s += _LEARN * (nbytes / seconds - self._bytes_per_s)
 
+    def pause_for(self, nbytes: int, *, busy: bool) -> float:
+        """``pause_s`` of a copy of ``nbytes`` that is not timed itself."""
+        return self.pause_s(nbytes / self._bytes_per_s, busy=busy)
+
     def pause_s(self, seconds: float, *, busy: bool) -> float:
         """How long to leave the engine alone after a slice that took ``seconds``."""
         if not busy or self._share >= 1:

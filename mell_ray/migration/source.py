@@ -28,6 +28,7 @@ class Outgoing:
 
     order: MigrationOrder
     deadline: float  # monotonic; an unfrozen entry older than this is forgotten
+    times_dropped: int  # of the request, when it was begun
     frozen_at: float | None = None  # monotonic
 
 
@@ -51,9 +52,12 @@ class MigrationSource:
             raise ConflictError(f"request {order.request_id} is already being migrated")
         try:
             state = engine.peek_state(order.request_id)
+            dropped = engine.times_dropped(order.request_id)
         except KeyError:
             raise MigrationError(f"request {order.request_id} is not on {order.src}") from None
-        self._by_id[order.migration_id] = Outgoing(order, time.monotonic() + self._timeout_s)
+        self._by_id[order.migration_id] = Outgoing(
+            order, time.monotonic() + self._timeout_s, dropped
+        )
         self._by_request[order.request_id] = order.migration_id
         return state
 
@@ -79,6 +83,15 @@ class MigrationSource:
         request_id = self._complete(engine, migration_id, first_block + num_blocks)
         engine.export_into(request_id, first_block, num_blocks, out)
 
+    def lend(
+        self, engine: Engine, migration_id: str, first_block: int, num_blocks: int, max_pieces: int
+    ) -> list[np.ndarray] | None:
+        """The blocks that ``ready`` has named where they lie, to be read while the request decodes
+        on. If it is preempted before they have been read, others write there: then ``freeze``
+        refuses, so that nothing read meanwhile is ever used. None: see ``Engine.lend_blocks``."""
+        request_id = self._complete(engine, migration_id, first_block + num_blocks)
+        return engine.lend_blocks(request_id, first_block, num_blocks, max_pieces)
+
     def copy_on_device(
         self, engine: Engine, migration_id: str, first_block: int, num_blocks: int
     ) -> torch.Tensor:
@@ -103,9 +116,18 @@ class MigrationSource:
         self, engine: Engine, migration_id: str, first_block: int
     ) -> tuple[Frozen, np.ndarray]:
         """Stop decoding the request and export what is left. From here on the request is the
-        target's if and only if the target commits."""
+        target's if and only if the target commits.
+
+        Raises:
+            MigrationError: the request has ended, or was preempted while its blocks were copied.
+        """
         outgoing = self._get(migration_id)
         self._progress(engine, outgoing)
+        request_id = outgoing.order.request_id
+        if outgoing.order.mode != "token" and (
+            engine.times_dropped(request_id) != outgoing.times_dropped
+        ):
+            raise MigrationError(f"request {request_id} was preempted")
         state = engine.freeze(outgoing.order.request_id)
         outgoing.frozen_at = time.monotonic()
         count = 0

@@ -64,7 +64,8 @@ class MigrationResult:
     """How a migration ended.
 
     ``committed``: ``dst`` owns the request. ``aborted``: ``src`` still does. ``gone``: the request
-    ended, or its source died, before a commit. ``freeze_s`` is from freeze to commit.
+    ended, or its source died, before a commit. ``freeze_s`` is from freeze to commit, ``copy_s``
+    from the target's consent to the freeze: the part that grows with the size of the request.
     ``transport`` is what the last block moved by before the freeze, "" where none did.
     """
 
@@ -78,6 +79,7 @@ class MigrationResult:
     generation: int = 0
     seconds: float = 0.0
     freeze_s: float = 0.0
+    copy_s: float = 0.0
     finished_at: float = 0.0  # wall clock
     transport: str = ""
     fallbacks: int = 0  # transports that broke on the way

@@ -1,11 +1,13 @@
 """What a migration costs: by KV transfer, by tokens (prefill at the target), or both at once.
 
-* KV: latency of the link + bytes / its bandwidth.
-* Token: tokens not in the target's prefix cache / its prefill rate at its present load.
+* KV: what any such move takes + bytes / the link's bandwidth.
+* Token: the same + tokens not in the target's prefix cache / its prefill rate at present load.
 * Hybrid: the split at which both finish together: with rates k and p (tokens a second) a share
-  k/(k + p) of what is left goes as KV, after the latency.
+  k/(k + p) of what is left goes as KV, after the latency. It has to be clearly better than either
+  to be chosen, since both ways have to be as fast as estimated.
 
-Every finished migration corrects the estimates. A single odd one moves them by a bounded factor.
+Every finished migration corrects the estimates; the first replaces what was guessed. A single odd
+one later moves them by a bounded factor.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 _LEARN = 0.2  # weight of the newest observation
 _OUTLIER = 4.0  # an observation counts as at most that factor off the estimate
+_LEAST_S = 1e-6  # a rate learnt by factors cannot start at zero
+_HYBRID_GAIN = 0.8  # a hybrid's share of the faster mode's time, at most
+_TOKEN_OVERHEAD = 0.2  # of a link's latency: first guess of what any token migration takes
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class _Rate:
         self.observations += 1
         if self.observations > 3:  # the first guess may be far off, later jumps are noise
             factor = min(max(factor, 1 / _OUTLIER), _OUTLIER)
-        self.value *= factor ** max(_LEARN, 1 / (self.observations + 1))
+        self.value *= factor ** max(_LEARN, 1 / self.observations)
 
 
 class CostModel:
@@ -71,6 +76,8 @@ class CostModel:
         self._any_link = _Rate(config.link_bytes_per_s)
         self._prefill: dict[str, _Rate] = {}
         self._any_prefill = _Rate(config.prefill_tokens_per_s)
+        self._kv_overhead = _Rate(max(config.link_latency_s, _LEAST_S))
+        self._token_overhead = _Rate(max(config.link_latency_s * _TOKEN_OVERHEAD, _LEAST_S))
 
     def set_kv_bytes(self, per_token: int) -> None:
         """What a token of this model really weighs."""
@@ -90,14 +97,15 @@ class CostModel:
         left = max(0, tokens - cached)
         kv_rate = self.bandwidth(src, dst) / self._bytes_per_token
         prefill_rate = self.prefill_rate(dst)
+        latency = self._kv_overhead.value
         found = [
-            Estimate("kv", config.link_latency_s + left / kv_rate, left),
-            Estimate("token", left / prefill_rate, 0),
+            Estimate("kv", latency + left / kv_rate, left),
+            Estimate("token", self._token_overhead.value + left / prefill_rate, 0),
         ]
         if config.hybrid or self._forced == "hybrid":
-            both = (left + config.link_latency_s * kv_rate) / (kv_rate + prefill_rate)
-            if both > config.link_latency_s:
-                by_kv = round((both - config.link_latency_s) * kv_rate)
+            both = (left + latency * kv_rate) / (kv_rate + prefill_rate)
+            if both > latency:
+                by_kv = round((both - latency) * kv_rate)
                 found.append(Estimate("hybrid", both, by_kv))
         return found
 
@@ -106,8 +114,11 @@ class CostModel:
         simpler way if two are equal. Where a mode is prescribed that one, or the fastest if it
         cannot help here (a hybrid whose latency alone takes longer than the rest)."""
         options = self.estimates(src, dst, size * self._unit, cached * self._unit)
-        allowed = [e for e in options if self._forced in ("auto", e.mode)]
-        return min(allowed or options, key=lambda e: e.seconds)
+        allowed = [e for e in options if self._forced in ("auto", e.mode)] or options
+        best, *others = sorted(allowed, key=lambda e: e.seconds)
+        if best.mode == "hybrid" and others and best.seconds > _HYBRID_GAIN * others[0].seconds:
+            return others[0]
+        return best
 
     def price(self) -> float:
         """GPU-seconds that moving one unit costs, by the faster of KV and prefill: a moved
@@ -118,27 +129,26 @@ class CostModel:
     def observe(self, src: Gpu, dst: Gpu, done: MigrationDone) -> None:
         """Learn from a finished migration. A hybrid one says nothing of either way alone."""
         if done.mode == "kv":
-            self.observe_kv(src, dst, done.bytes, done.seconds)
+            busy = _apart(done, self._kv_overhead)
+            if done.bytes > 0 and busy > 0.0:
+                link = self._links.setdefault((src.node, dst.node), _Rate(self._any_link.value))
+                link.observe(done.bytes / busy)
+                self._any_link.observe(done.bytes / busy)
         elif done.mode == "token":
-            self.observe_prefill(dst, done.tokens, done.seconds)
-
-    def observe_kv(self, src: Gpu, dst: Gpu, moved_bytes: int, seconds: float) -> None:
-        """Learn from a finished KV migration."""
-        busy = seconds - self._config.link_latency_s
-        if moved_bytes <= 0 or busy <= 0.0:
-            return
-        link = self._links.setdefault((src.node, dst.node), _Rate(self._any_link.value))
-        link.observe(moved_bytes / busy)
-        self._any_link.observe(moved_bytes / busy)
-
-    def observe_prefill(self, gpu: Gpu, tokens: int, seconds: float) -> None:
-        """Learn from a finished token migration to ``gpu``."""
-        if tokens <= 0 or seconds <= 0.0:
-            return
-        rate = self._prefill.setdefault(gpu.id, _Rate(self._any_prefill.value))
-        rate.observe(tokens / seconds)
-        self._any_prefill.observe(tokens / seconds)
+            busy = _apart(done, self._token_overhead)
+            if done.tokens > 0 and busy > 0.0:
+                rate = self._prefill.setdefault(dst.id, _Rate(self._any_prefill.value))
+                rate.observe(done.tokens / busy)
+                self._any_prefill.observe(done.tokens / busy)
 
     def forget(self, gpu: Gpu) -> None:
         """The GPU is gone."""
         self._prefill.pop(gpu.id, None)
+
+
+def _apart(done: MigrationDone, overhead: _Rate) -> float:
+    """The seconds of a migration that grew with its size; what is left corrects ``overhead``."""
+    if done.copy_seconds <= 0.0:
+        return done.seconds - overhead.value
+    overhead.observe(done.seconds - done.copy_seconds)
+    return done.copy_seconds

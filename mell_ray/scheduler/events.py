@@ -127,6 +127,7 @@ class MigrationDone:
     tokens: int
     bytes: int
     seconds: float
+    copy_seconds: float = 0.0  # of these, what grew with the request's size; 0: not measured
 
 
 @dataclass(frozen=True, slots=True)

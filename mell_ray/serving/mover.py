@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mell_ray.engine import Engine
 
 LINK_TIMEOUT_S = 10.0
+# Of blocks that lie apart, each piece costs its own place in a message: below this size it is
+# cheaper to gather them first.
+MIN_PIECE_BYTES = 1 << 20
 
 InEngine = Callable[[Callable[["Engine"], Any]], "asyncio.Future[Any]"]
 
@@ -47,10 +50,12 @@ class Mover:
         source: MigrationSource,
         target: MigrationTarget,
         spec: ReplicaSpec,
+        block_nbytes: int,
     ) -> None:
         self._in_engine = in_engine
         self._source = source
         self._target = target
+        self._block_nbytes = block_nbytes
         self._staging = Staging()
         self._buffer_bytes = spec.migration.buffer_bytes
         self._pacer = Pacer(spec.migration.step_share)
@@ -81,14 +86,24 @@ class Mover:
         """Gather blocks that are complete and give them to the transport."""
         way = self.transports[transport]
 
-        def look(engine: Engine) -> tuple[ChunkMeta, int]:
+        def look(engine: Engine) -> tuple[ChunkMeta, list[np.ndarray] | None]:
             meta = self._source.ready(engine, migration_id, first_block, max_blocks)
-            return meta, engine.block_nbytes
+            if way.on_device or not meta.num_blocks:
+                return meta, None
+            pieces = max(1, meta.nbytes // MIN_PIECE_BYTES)
+            return meta, self._source.lend(
+                engine, migration_id, first_block, meta.num_blocks, pieces
+            )
 
-        meta, block_nbytes = await self._in_engine(look)
+        meta, lent = await self._in_engine(look)
         if not meta.num_blocks:
-            return meta, np.empty(0, np.uint8)
+            return meta, []
         order = self._source.order(migration_id)
+        if lent is not None:
+            # Read by Ray's own thread, beside the engine's; the pause keeps the share all the same.
+            paced = self._busy and not order.urgent
+            await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=paced))
+            return meta, await way.send_blocks(order.dst, lent, LINK_TIMEOUT_S)
         if way.on_device:
             tensor = await self._in_engine(
                 lambda engine: self._source.copy_on_device(
@@ -97,53 +112,69 @@ class Mover:
             )
             return meta, await way.send_blocks(order.dst, tensor, LINK_TIMEOUT_S)
         buffer = self._staging.take(migration_id, meta.nbytes)
+        block_nbytes = self._block_nbytes
 
-        def gather(part: range) -> Callable[[Engine], None]:
+        def gather(part: range) -> Callable[[Engine], int]:
             out = buffer[part.start * block_nbytes : part.stop * block_nbytes]
-            return lambda engine: self._source.copy_out(
-                engine, migration_id, first_block + part.start, len(part), out
-            )
 
-        await self._sliced(meta.num_blocks, block_nbytes, gather, order)
-        return meta, await way.send_blocks(order.dst, buffer, LINK_TIMEOUT_S)
+            def work(engine: Engine) -> int:
+                self._source.copy_out(
+                    engine, migration_id, first_block + part.start, len(part), out
+                )
+                return len(part)
+
+            return work
+
+        await self._sliced(meta.num_blocks, gather, order)
+        return meta, await way.send_blocks(order.dst, [buffer], LINK_TIMEOUT_S)
 
     async def receive(
         self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
     ) -> int:
         """Take a chunk in. Returns the leading tokens whose KV is here then."""
-        order, block_nbytes = await self._in_engine(
-            lambda engine: (self._target.order(migration_id), engine.block_nbytes)
-        )
+        order = await self._in_engine(lambda _: self._target.order(migration_id))
         data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
-        num_blocks = len(data) // block_nbytes
+        pieces = data if isinstance(data, list) else [data]
+        block_nbytes = self._block_nbytes
+        stop_block = first_block + sum(len(piece) for piece in pieces) // block_nbytes
+        progress = 0
+        # From the last block to the first: what a hybrid target need not compute itself is
+        # everything from the first block that has arrived on.
+        for piece in reversed(pieces):
+            num_blocks = len(piece) // block_nbytes
+            stop_block -= num_blocks
 
-        def scatter(part: range) -> Callable[[Engine], None]:
-            # From the last block to the first: what a hybrid target need not compute itself is
-            # everything from the first block that has arrived on.
-            start, stop = num_blocks - part.stop, num_blocks - part.start
-            piece = data[start * block_nbytes : stop * block_nbytes]
-            return lambda engine: self._target.receive(
-                engine, migration_id, first_block + start, piece
-            )
+            def scatter(
+                part: range, piece: Any = piece, first: int = stop_block, count: int = num_blocks
+            ) -> Callable[[Engine], int]:
+                start, stop = count - part.stop, count - part.start
+                slab = piece[start * block_nbytes : stop * block_nbytes]
 
-        await self._sliced(num_blocks, block_nbytes, scatter, order)
-        return await self._in_engine(lambda engine: self._target.progress(engine, migration_id))
+                def work(engine: Engine) -> int:
+                    self._target.receive(engine, migration_id, first + start, slab)
+                    return self._target.progress(engine, migration_id)
+
+                return work
+
+            progress = await self._sliced(num_blocks, scatter, order)
+        return progress
 
     async def _sliced(
         self,
         num_blocks: int,
-        block_nbytes: int,
-        work: Callable[[range], Callable[[Engine], None]],
+        work: Callable[[range], Callable[[Engine], int]],
         order: MigrationOrder,
-    ) -> None:
+    ) -> int:
         """Copy in slices, so that a step is never late by more than its share; what is urgent,
-        in one."""
+        in one. Returns what the last of them returned."""
+        answer = 0
         paced = self._busy and not order.urgent
-        for part in self._pacer.slices(num_blocks, block_nbytes, busy=paced):
-            seconds = await self._in_engine(_timed(work(part)))
-            self._pacer.copied(len(part) * block_nbytes, seconds)
+        for part in self._pacer.slices(num_blocks, self._block_nbytes, busy=paced):
+            answer, seconds = await self._in_engine(_timed(work(part)))
+            self._pacer.copied(len(part) * self._block_nbytes, seconds)
             if part.stop < num_blocks:
                 await asyncio.sleep(self._pacer.pause_s(seconds, busy=paced))
+        return answer
 
     def thaw(self, engine: Engine, migration_id: str) -> bool:
         self._staging.release(migration_id)
@@ -162,10 +193,10 @@ class Mover:
             self._staging.trim(self._buffer_bytes)
 
 
-def _timed(function: Callable[[Engine], None]) -> Callable[[Engine], float]:
-    def run(engine: Engine) -> float:
+def _timed(function: Callable[[Engine], int]) -> Callable[[Engine], tuple[int, float]]:
+    def run(engine: Engine) -> tuple[int, float]:
         started = time.perf_counter()
-        function(engine)
-        return time.perf_counter() - started
+        answer = function(engine)
+        return answer, time.perf_counter() - started
 
     return run

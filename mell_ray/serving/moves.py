@@ -10,7 +10,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from mell_ray.migration.records import MigrationLog
-from mell_ray.migration.types import MigrationOrder, MigrationResult, Mode
+from mell_ray.migration.types import MigrationOrder, MigrationResult
 from mell_ray.scheduler.events import Migrate, MigrationDone, MigrationFailed
 from mell_ray.serving.books import Entry
 from mell_ray.serving.core import Core
@@ -40,7 +40,7 @@ class Moves:
             request_id=decision.request,
             src=decision.src,
             dst=decision.dst,
-            mode=self._mode(decision),
+            mode=decision.mode,
             reason=decision.reason,
             urgent=decision.urgent,
         )
@@ -48,12 +48,6 @@ class Moves:
         task = self._core.spawn(self._run(order, entry))
         self._running[decision.request] = task
         task.add_done_callback(lambda _: self._running.pop(decision.request, None))
-
-    def _mode(self, decision: Migrate) -> Mode:
-        """An operator's choice and the scheduler's stand, unless hybrid is what is configured for
-        all: the scheduler then decides between the modes that it can price."""
-        forced = self._core.settings.migration.mode == "hybrid" and decision.reason != OPERATOR
-        return "hybrid" if forced else decision.mode
 
     async def _run(self, order: MigrationOrder, entry: Entry) -> MigrationResult:
         source, target = (self._core.fleet.replicas.get(name) for name in (order.src, order.dst))
@@ -98,5 +92,6 @@ class Moves:
                 result.tokens - result.cached_tokens,
                 result.bytes,
                 result.seconds,
+                result.copy_s,
             )
         )

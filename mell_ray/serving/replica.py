@@ -81,7 +81,9 @@ class GPUReplica:
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
         self._source = MigrationSource(spec.migration.timeout_s)
         self._target = MigrationTarget(spec.migration.timeout_s)
-        self._mover = Mover(self.in_engine, self._source, self._target, spec)
+        self._mover = Mover(
+            self.in_engine, self._source, self._target, spec, self._engine.block_nbytes
+        )
         self.faults = Faults.from_environment()
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id

@@ -14,7 +14,6 @@ def scheduler_config(config: MellConfig) -> SchedulerConfig:
         ConfigError: the policy refuses its parameters.
     """
     settings = config.mell
-    mode = settings.migration.mode  # hybrid is put in place of kv or token when a move starts
     try:
         return SchedulerConfig(
             models={llm.model_id: _limits(llm) for llm in config.llm_configs},
@@ -27,11 +26,12 @@ def scheduler_config(config: MellConfig) -> SchedulerConfig:
             idle_grace_s=settings.fleet.idle_grace_s,
             migration_enabled=settings.migration.enabled,
             max_migrations_in_flight=settings.migration.max_concurrent,
-            migration_mode="auto" if mode == "hybrid" else mode,
+            migration_mode=settings.migration.mode,
             migration_price=_price_per_block(config),
             cost=CostConfig(
                 link_bytes_per_s=1e9 * settings.migration.link_gb_per_s,
                 prefill_tokens_per_s=settings.migration.prefill_tokens_per_s,
+                hybrid=True,
             ),
         )
     except ValueError as error:

@@ -258,6 +258,43 @@ def test_a_read_only_buffer_can_be_imported() -> None:
     assert np.array_equal(dst.export_blocks("r", 0, 2), data)
 
 
+def test_blocks_lent_are_those_exported_and_stay_while_the_request_decodes_on() -> None:
+    src = engine()
+    src.add(request("r", PROMPTS[0][:1] * 22, LENGTH, ignore_eos=True))
+    src.step()
+    lent = src.lend_blocks("r", 1, 4, max_pieces=4)
+    assert lent is not None
+    before = src.export_blocks("r", 1, 4)
+    for _ in range(5):
+        src.step()
+    assert np.array_equal(np.concatenate(lent), before)
+    assert not any(piece.flags.writeable for piece in lent)
+
+
+def test_blocks_too_scattered_to_lend_are_refused() -> None:
+    src = engine(num_gpu_blocks_override=20, enable_prefix_caching=False)
+    for name in ("a", "b"):
+        src.add(request(name, PROMPTS[0][:1] * 4, LENGTH, ignore_eos=True))
+    for _ in range(20):  # both take blocks in turn
+        src.step()
+    count = src.progress("a")[1] // src.block_size
+    assert src.lend_blocks("a", 0, count, max_pieces=1) is None
+    lent = src.lend_blocks("a", 0, count, max_pieces=count)
+    assert lent is not None
+    assert np.array_equal(np.concatenate(lent), src.export_blocks("a", 0, count))
+
+
+def test_losing_its_blocks_is_counted() -> None:
+    """What was read from lent blocks is worthless after that, even if it has as many again."""
+    src = engine(num_gpu_blocks_override=12, enable_prefix_caching=False)
+    for i in range(2):
+        src.add(request(f"r{i}", PROMPTS[0][:1] * 6, LENGTH, arrival_s=i, ignore_eos=True))
+    while not src.stats().preemptions:
+        src.step()
+    assert src.times_dropped("r0") == 0
+    assert src.times_dropped("r1") == 1
+
+
 def test_a_reservation_never_preempts() -> None:
     dst = engine(num_gpu_blocks_override=12)
     dst.add(request("a", PROMPTS[0][:1] * 37, 4, ignore_eos=True))

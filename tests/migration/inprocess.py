@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,7 @@ class Node:
     tracks: dict[str, Track]
     config: EngineConfig = field(default_factory=EngineConfig)
     timeout_s: float = 30.0
+    pause_s: float = 0.0  # after each step, so that a request outlives what happens beside it
 
     def __post_init__(self) -> None:
         model = load_model(tiny_llama(), self.config)
@@ -92,6 +94,7 @@ class Node:
     def _on_step(self, output: StepOutput) -> None:
         for delta in output.deltas:
             self.tracks[delta.request_id].accept(self.name, encode_delta(delta))
+        time.sleep(self.pause_s)
 
     async def call(self, function):
         return await asyncio.wrap_future(self.loop.call(function))

@@ -85,7 +85,8 @@ class Ranked(PlainWay):
 )
 async def test_broken_transport_is_replaced_in_mid_migration(mode: str, at: str, good: int) -> None:
     tracks: dict = {}
-    nodes = Node("a", tracks), Node("b", tracks)
+    pause_s = 0.005 if at == "hang" else 0.0
+    nodes = Node("a", tracks, pause_s=pause_s), Node("b", tracks)
     flaky = Flaky(good, at)
     for node in nodes:
         node.transports["nccl"] = flaky

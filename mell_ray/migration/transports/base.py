@@ -23,7 +23,7 @@ OBJECTS: TransportName = "objects"
 Parcel = Any
 # What opens a link at its other end; picklable.
 Ticket = Any
-# 1-D bytes: a numpy array in host memory, a torch tensor in device memory.
+# Bytes in order: 1-D numpy arrays of whole blocks in host memory, one torch tensor on a device.
 Buffer = Any
 
 

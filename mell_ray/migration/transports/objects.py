@@ -1,8 +1,8 @@
 """Ray objects: always there, the only way between CPU replicas and between nodes without NCCL.
 
-The parcel is the chunk itself, one contiguous array: the actor returns it, Ray puts it into shared
-memory (or onto the wire), and the target maps it without a copy. The Migrator holds the only
-reference and drops it when the target has taken the chunk in.
+The parcel is the chunk itself, in few contiguous arrays: the actor returns them, Ray copies them
+into shared memory (or onto the wire), and the target maps them without a copy. The Migrator holds
+the only reference and drops it when the target has taken the chunk in.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ class ObjectTransport:
     async def join(self, peer: str, ticket: Any, *, is_source: bool, timeout_s: float) -> None:
         del peer, ticket, is_source, timeout_s
 
-    async def send_blocks(self, peer: str, data: np.ndarray, timeout_s: float) -> np.ndarray:
+    async def send_blocks(
+        self, peer: str, data: list[np.ndarray], timeout_s: float
+    ) -> list[np.ndarray]:
         del peer, timeout_s
         return data
 
-    async def recv_blocks(self, peer: str, parcel: np.ndarray, timeout_s: float) -> np.ndarray:
+    async def recv_blocks(
+        self, peer: str, parcel: list[np.ndarray], timeout_s: float
+    ) -> list[np.ndarray]:
         del peer, timeout_s
         return parcel
 
