@@ -9,7 +9,8 @@ once undisturbed before; decoding is greedy, so a stream that lost, doubled or c
 differs. Prefix caching is off, so that every block has to move. Exit code 1 if a stream differs or
 fails, or if the replica is not empty within ``--within`` seconds.
 
-``--by evacuate`` empties the replica instead of the node.
+``--by evacuate`` empties the replica instead of the node; ``--by ray`` lets Ray drain the node, as
+it does by itself when ``ray start --block`` is told to stop: nobody asks mell-ray for anything.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import httpx
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving import build_openai_app
@@ -128,6 +130,8 @@ class Drill:
         started = time.monotonic()
         if options.by == "node":
             await self._post(f"nodes/{full['node']}/drain")
+        elif options.by == "ray":
+            await asyncio.to_thread(_ray_drains, full["node"])
         else:
             await self._post(f"replicas/{full['id']}/evacuate")
         answered_s = time.monotonic() - started
@@ -180,6 +184,12 @@ class Drill:
             raise SystemExit(f"{path}: {answer.text}")
 
 
+def _ray_drains(node_id: str) -> None:
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+    client.drain_node(node_id, reason, "load test", int((time.time() + 120) * 1000))
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the application: two replicas, nothing moves by itself."""
     return {
@@ -209,7 +219,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400, help="still to go at the drain")
     parser.add_argument("--begun", type=int, default=100, help="tokens of each before it")
-    parser.add_argument("--by", choices=("node", "evacuate"), default="node")
+    parser.add_argument("--by", choices=("node", "ray", "evacuate"), default="node")
     parser.add_argument("--within", type=float, default=3.0, help="seconds; more is a failure")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

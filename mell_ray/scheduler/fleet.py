@@ -16,11 +16,12 @@ _LOOK_BACK = 16  # of the starting GPUs with promises, the latest that are looke
 class Starting:
     """A GPU that was asked for and is not there yet."""
 
-    __slots__ = ("promised", "since")
+    __slots__ = ("promised", "requests", "since")
 
     def __init__(self, since: float) -> None:
         self.since = since
         self.promised = 0  # of its capacity, to requests that will need it
+        self.requests = 0  # how many these are
 
 
 class Fleet:
@@ -54,18 +55,20 @@ class Fleet:
 
     def want(self, need: int, now: float, out: list[Decision], reason: str) -> bool:
         """See to it that a GPU comes on which ``need`` fits; False: none can."""
-        capacity = self._pool.capacity or need
+        capacity, most = self._pool.capacity or need, self._pool.max_requests
         while True:
             for starting in self.starting[max(0, self._filling - _LOOK_BACK) : self._filling + 1]:
-                if starting.promised + need <= capacity:
+                if starting.promised + need <= capacity and starting.requests < most:
                     starting.promised += need
+                    starting.requests += 1
                     return True
             if self._filling + 1 >= len(self.starting):
                 break
             self._filling += 1
         if not self.can_grow(now) or self._await_forecast(now):
             return False
-        self._acquire(now, out, reason).promised = need
+        starting = self._acquire(now, out, reason)
+        starting.promised, starting.requests = need, 1
         self._filling = len(self.starting) - 1
         return True
 
@@ -88,7 +91,7 @@ class Fleet:
         """A GPU is ready; the one asked for first counts as come."""
         if self.starting:
             took = now - self._first().since
-            self.startup_s += 0.3 * (took - self.startup_s)
+            self.startup_s += (0.3 if self.startup_s else 1.0) * (took - self.startup_s)
         self._retry_s = _FIRST_RETRY_S
         self._retry_at = float("-inf")
 
@@ -107,7 +110,7 @@ class Fleet:
     def renew_promises(self, needs: Iterable[int], now: float, out: list[Decision]) -> None:
         """Count anew what is waiting, and ask for the GPUs that it takes."""
         for starting in self.starting:
-            starting.promised = 0
+            starting.promised = starting.requests = 0
         self._filling = 0
         for need in needs:
             self.want(need, now, out, "demand")

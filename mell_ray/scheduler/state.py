@@ -175,6 +175,7 @@ class Pool:
         self._known = known
         self.gpus: dict[str, Gpu] = {}
         self.capacity = limits.capacity or 0  # of the largest GPU, or expected; 0: not known
+        self.max_requests = 1 << 30  # of the latest GPU
         self.slots: list[Gpu | None] = []
         self.free_slots: list[int] = []
         self.keys: list[int] = []
@@ -200,6 +201,7 @@ class Pool:
             self.slots.append(gpu)
         self.gpus[gpu.id] = gpu
         self._known[gpu.id] = gpu
+        self.max_requests = gpu.max_requests
         self._update_capacity()
         self.index(gpu)
         self.freed = True

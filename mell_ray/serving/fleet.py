@@ -8,7 +8,6 @@ restarted Router finds them again.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import re
 import secrets
@@ -22,6 +21,7 @@ from ray.util import list_named_actors
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.errors import ServerError
 from mell_ray.serving.replica import CONTROL_GROUP, GPUReplica
+from mell_ray.serving.versions import config_hash
 from mell_ray.serving.wire import ReplicaInfo, ReplicaReport, ReplicaSpec, ReplicaState
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Replica:
     info: ReplicaInfo | None = None
     report: ReplicaReport | None = None
     avoids: frozenset[str] = frozenset()  # nodes that it was not to be started on
+    outdated: bool = False  # of other settings than today's
     withdrawn: bool = False  # killed while it started, as it was no longer wanted like this
 
 
@@ -160,9 +161,3 @@ class Fleet:
         fleet = self._settings.fleet
         takes_one = fleet.require_cpu_resource or offered.get(fleet.cpu_resource, 0) > 0
         return "cpu", {"resources": {fleet.cpu_resource: 1}} if takes_one else {}
-
-
-def config_hash(llm: LLMConfig) -> str:
-    """Identifies what a replica was built from: same hash, interchangeable replicas."""
-    parts = llm.model_dump_json(include={"model_loading_config", "engine_kwargs"})
-    return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
 
@@ -54,7 +55,11 @@ class Moves:
         try:
             if source is None or source.info is None or target is None or target.info is None:
                 result = MigrationResult(order, "aborted", detail="a replica is gone")
+            elif source.info.weights != target.info.weights:
+                result = MigrationResult(order, "aborted", detail="the target has other weights")
             else:
+                if source.info.kv_format != target.info.kv_format:
+                    order = dataclasses.replace(order, mode="token")
                 migrator = serve.get_deployment_actor(MIGRATOR)
                 result = await migrator.migrate.remote(
                     order,

@@ -40,6 +40,7 @@ from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
+from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.wire import (
     Evicted,
     Migrating,
@@ -215,6 +216,8 @@ class GPUReplica:
             max_model_len=engine.max_model_len,
             max_num_seqs=spec.llm.engine_kwargs.max_num_seqs,
             config_hash=spec.config_hash,
+            weights=weights_hash(spec.llm),
+            kv_format=engine.kv_format,
             gpu_uuid=self._mover.gpu_uuid,
             transports=tuple(self._mover.transports),
         )

@@ -38,6 +38,7 @@ from mell_ray.serving.observer import Observer
 from mell_ray.serving.placement import Placement
 from mell_ray.serving.snapshot import state_snapshot
 from mell_ray.serving.track import Stall
+from mell_ray.serving.upgrade import Upgrade
 from mell_ray.serving.watch import Watch
 from mell_ray.serving.wire import Lease, PlaceRequest
 
@@ -57,7 +58,7 @@ class Router:
         core.on_migrated = self._observer.migrated
         self._nodes = Nodes(core, self._watch)
         await self._nodes.attach()
-        await self._watch.attach()
+        Upgrade(core, self._watch).begin(await self._watch.attach())
         core.spawn(self._nodes.follow())
         self._clock = core.spawn(self._run_clock())
         await self._wait_for_first_replicas()

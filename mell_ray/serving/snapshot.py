@@ -35,6 +35,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "id": replica.replica_id,
         "model": replica.model_id,
         "state": replica.state,
+        "outdated": replica.outdated,
         "node": info.node_id if info else None,
         "pid": info.pid if info else None,
         "device": info.device if info else None,

@@ -12,8 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from mell_ray.errors import FencedError, ServerError
 from mell_ray.scheduler.events import AcquireFailed, Evacuate, GpuLost, GpuReady, StepTime
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica, config_hash
+from mell_ray.serving.fleet import Replica
 from mell_ray.serving.ray_errors import unwrap
+from mell_ray.serving.versions import config_hash
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class Watch:
             if replica.model_id == model_id and replica.state != "starting"
         ]
 
-    async def attach(self) -> None:
-        """Take over what an earlier Router has left, before anything new is placed. Replicas with
-        other settings than today's are emptied and replaced."""
+    async def attach(self) -> list[Replica]:
+        """Take over what an earlier Router has left, before anything new is placed. Returns the
+        replicas that have other settings than today's."""
         outdated: list[Replica] = []
         attached = self._core.fleet.attach()
         for replica in attached:
@@ -51,16 +52,15 @@ class Watch:
             if replica.info is not None and replica.info.config_hash != config_hash(llm):
                 outdated.append(replica)
         await self.poll_all()
-        for replica in outdated:
-            self.drain(replica)
         for replica in attached:
             self._leave_node(replica)
+        return outdated
 
-    def drain(self, replica: Replica) -> None:
-        """Empty a replica by migration, as fast as its bytes move; it is released when it is
-        empty."""
+    def drain(self, replica: Replica, *, urgent: bool = True) -> None:
+        """Empty a replica by migration, as fast as its bytes move or, if that is not ``urgent``,
+        as gently as any other move; it is released when it is empty."""
         replica.state = "draining"
-        self._core.handle(Evacuate(replica.replica_id))
+        self._core.handle(Evacuate(replica.replica_id, urgent))
 
     async def poll_all(self) -> None:
         """A fresh report of every replica."""
@@ -164,11 +164,12 @@ class Watch:
         info = replica.info
         assert info is not None
         limit = self._core.llms[replica.model_id].deployment_config.max_ongoing_requests
+        block_size = self._core.books[replica.model_id].block_size  # an outdated one's may differ
         self._core.handle(
             GpuReady(
                 gpu=replica.replica_id,
                 model=replica.model_id,
-                capacity=info.capacity_blocks,
+                capacity=info.capacity_blocks * info.block_size // block_size,
                 node=info.node_id,
                 max_requests=min(info.max_num_seqs, limit or info.max_num_seqs),
                 kv_bytes_per_token=info.block_nbytes // info.block_size,

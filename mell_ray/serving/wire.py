@@ -106,6 +106,8 @@ class ReplicaInfo:
     max_model_len: int
     max_num_seqs: int
     config_hash: str
+    weights: str  # identifies them
+    kv_format: str  # what the bytes of a block mean
     gpu_uuid: str = ""  # of the physical GPU
     transports: tuple[TransportName, ...] = (OBJECTS,)  # by which blocks can reach it
 

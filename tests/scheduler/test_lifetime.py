@@ -70,6 +70,18 @@ def test_one_start_serves_several_waiting_requests() -> None:
     assert world.where["d"] == "g1"
 
 
+def test_gpus_that_hold_few_requests_are_asked_for_all_at_once() -> None:
+    world = make_world(instant_gpus=False)
+    world.send(GpuReady("x", "m", 100, max_requests=2))
+    world.capacity["x"] = 100
+    for name in "abcdefg":
+        world.arrive(name, 1)
+    world.tick()
+    assert len(world.where) == 2
+    assert len(world.starting) == 3
+    world.check()
+
+
 def test_no_more_gpus_are_asked_for_while_many_start() -> None:
     world = make_world(instant_gpus=False, max_gpus=500)
     for i in range(60):

@@ -60,6 +60,10 @@ class App:
     def state(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/mell/v1/state", timeout=30).raise_for_status().json()
 
+    def migrations(self) -> list[dict[str, Any]]:
+        url = f"{self.url}/mell/v1/migrations"
+        return httpx.get(url, timeout=30).raise_for_status().json()["migrations"]
+
     def post(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         return httpx.post(f"{self.url}/mell/v1/{path}", json=body or {}, timeout=60)
 
@@ -135,12 +139,13 @@ def settings(
     replicas: tuple[int, int] = (2, 2),
     engine: dict[str, Any] | None = None,
     mell: dict[str, Any] | None = None,
+    source: str = "builtin",
 ) -> dict[str, Any]:
     """Arguments of an application with the built-in model."""
     return {
         "llm_configs": [
             {
-                "model_loading_config": {"model_id": MODEL_ID, "model_source": "builtin"},
+                "model_loading_config": {"model_id": MODEL_ID, "model_source": source},
                 "accelerator_type": "CPU",
                 "deployment_config": {
                     "autoscaling_config": {
