@@ -48,10 +48,20 @@ class Executor:
                 if not self._start(request, gpu, owed, out):
                     owed += request.need
 
+    def place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
+        """Plan a waiting request to be on ``gpu``, and start it there if it fits now and nobody
+        is ahead of it."""
+        if gpu.inbound or not self.fits(request, gpu):
+            self._pool.assign(request, gpu, "place")
+            return
+        self._place(request, gpu, out)
+        self._pool.assign(request, gpu, "place")
+
     def _start(self, request: Request, gpu: Gpu, owed: int, out: list[Decision]) -> bool:
         if not self.fits(request, gpu, owed):
             return False
         if request.gpu is None:
+            del gpu.inbound[request]
             self._place(request, gpu, out)
         elif request.gpu.urgent or len(self.in_flight) < self._config.max_migrations_in_flight:
             self._depart(request, gpu, out)
@@ -67,7 +77,6 @@ class Executor:
         return gpu.held + owed + request.need <= gpu.capacity and booked < gpu.max_requests
 
     def _place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
-        del gpu.inbound[request]
         request.gpu = gpu
         gpu.residents[request] = None
         gpu.held += request.need

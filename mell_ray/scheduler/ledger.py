@@ -90,7 +90,7 @@ class Ledger:
             if gpu is not None:
                 if len(self.line):
                     self.line.overtake(request)
-                self.pool.assign(request, gpu, "place")
+                self.executor.place(request, gpu, out)
                 self.executor.flush(out)
                 if request.gpu is not None:
                     return True
@@ -205,12 +205,14 @@ class Ledger:
 
     def settle(self, out: list[Decision]) -> None:
         """Start what can start, then let waiting requests use the room that was freed."""
-        self.executor.flush(out)
-        while self.pool.freed:
-            self.pool.freed = False
+        pool = self.pool
+        if pool.retry:
+            self.executor.flush(out)
+        while pool.freed:
+            pool.freed = False
             if len(self.line):
                 self._drain(out)
-        if self.pool.emptied:
+        if pool.emptied:
             self.fleet.release_emptied(bool(len(self.line)), out)
 
     def _drain(self, out: list[Decision]) -> None:
@@ -225,7 +227,7 @@ class Ledger:
                     break
                 continue
             self.line.overtake(request)
-            self.pool.assign(request, gpu, "place")
+            self.executor.place(request, gpu, out)
         else:
             self.pool.freed = len(batch) == _BATCH  # most were placed, and more may wait
         self.executor.flush(out)

@@ -32,12 +32,13 @@ class WaitingLine:
 
     def add(self, request: Request, now: float) -> None:
         request.since = now
-        insort(self._line, (-request.priority, request.order, request), key=lambda e: e[:2])
+        insort(self._line, (-request.priority, request.order, request))
 
     def remove(self, request: Request) -> None:
         """Does nothing if the request does not wait."""
-        rank = (-request.priority, request.order)
-        position = bisect_left(self._line, rank, key=lambda e: e[:2])
+        if not self._line:
+            return
+        position = bisect_left(self._line, (-request.priority, request.order))
         if position < len(self._line) and self._line[position][2] is request:
             del self._line[position]
 

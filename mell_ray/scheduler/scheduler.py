@@ -188,11 +188,12 @@ class Scheduler:
             self._out.append(Reject(event.request, f"no model {event.model!r} is served"))
             return
         capacity = ledger.pool.capacity
-        if 0 < capacity < max(event.size, event.max_size):
+        largest = event.max_size if event.max_size > event.size else event.size
+        if 0 < capacity < largest:
             self._out.append(
                 Reject(
                     event.request,
-                    f"the request may grow to {max(event.size, event.max_size)} units of KV "
+                    f"the request may grow to {largest} units of KV "
                     f"cache, the largest GPU of {event.model!r} holds {capacity}",
                 )
             )
@@ -229,14 +230,14 @@ class Scheduler:
             if request is None:
                 self.ignored += 1
                 continue
-            change = size - request.size
             gpu = request.gpu
-            if gpu is not None and gpu is request.plan and size <= request.limit:
+            if gpu is request.plan and gpu is not None and size <= request.limit:
+                change = size - request.size
                 request.size = size
                 request.need += change
                 gpu.load += change
                 gpu.held += change
-            elif change:
+            elif size != request.size:
                 self._resize(request, size)
         self._reindex(event.sizes)
         for ledger in self._ledgers.values():

@@ -272,6 +272,10 @@ class Pool:
         """GPUs that take requests, least room first. The index must not change meanwhile."""
         return (self.at(key) for key in self.keys)
 
+    def most_room(self) -> int:
+        """Of all GPUs that take requests; 0 without any."""
+        return self.keys[-1] >> SLOT_BITS if self.keys else 0
+
     def overfull(self) -> Gpu | None:
         """The fullest GPU, if it is over its capacity."""
         return self.at(self.keys[0]) if self.keys and self.keys[0] < 0 else None

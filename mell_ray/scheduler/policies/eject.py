@@ -45,6 +45,9 @@ def make_way(
     if depth < 2:
         return None
     best: tuple[Draft, Gpu] | None = None
+    rooms = [room - search.reserve for room, _ in draft.emptiest(depth + 1)]
+    if request.need > sum(rooms):
+        return None  # each link adds at most one GPU's room
     for room, gpu in draft.emptiest(_BRANCHES):
         ejected = _smallest_that_helps(draft, request, room - search.reserve, gpu, budget)
         if ejected is None:
@@ -68,7 +71,15 @@ def _last_link(
 ) -> tuple[Request, Gpu] | None:
     """The smallest request that can leave for a GPU with room and suffices: (it, that GPU)."""
     best: tuple[Request, Gpu] | None = None
-    for room, gpu in draft.emptiest(search.width):
+    emptiest = draft.emptiest(search.width)
+    if len(emptiest) < 2:
+        return None
+    most, second = emptiest[0][0] - search.reserve, emptiest[1][0] - search.reserve
+    for index, (room, gpu) in enumerate(emptiest):
+        if request.need - room + search.reserve > (most if index else second):
+            if index:
+                break  # whoever has to leave here, or from a fuller GPU, fits nowhere
+            continue
         ejected = _smallest_that_helps(draft, request, room - search.reserve, gpu, budget)
         if ejected is None:
             continue

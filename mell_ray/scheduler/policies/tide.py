@@ -88,12 +88,15 @@ class Tide(Policy):
 
     def place(self, request: Request) -> Gpu | None:
         pool = self.pool
-        gpu = self._fit(request)
-        if gpu is None and self.headroom.units:
+        some_room = pool.most_room() >= request.need
+        gpu = self._fit(request) if some_room else None
+        if gpu is None and some_room and self.headroom.units:
             gpu = pool.best_fit(request, used=True)
         if gpu is None and self.context.may_move and not self._idle_for_free():
             gpu = self._make_room(request, "make-room")
-        return gpu if gpu is not None else pool.best_fit(request)
+        if gpu is None and some_room:
+            gpu = pool.best_fit(request)
+        return gpu
 
     def _fit(self, request: Request) -> Gpu | None:
         """Best fit with headroom; where requests are many and small, the emptiest GPU but the last
