@@ -1,16 +1,24 @@
-"""The same traffic on a live fleet twice: our default policy against plain autoscaled balancing.
+"""The same traffic on a live fleet twice: our default policy against Ray Serve's own autoscaling.
 
     python load_tests/ab_gpu_hours.py [TRACE] --seconds 1800 --time-compression 15 --json OUT
 
-Starts ``mell-ray serve`` on this machine with the built-in model, once as (a) the default policy
-with migration, once as (b) worst-fit without migration, both between the same minimum and maximum
-of replicas, with the same idle grace. Each time it replays the same window of the trace and counts
-replicas once a second from ``GET /mell/v1/state``, whatever their state: starting and draining ones
-are paid for too. Counting starts with the first request and ends with the last answer.
+Serves the built-in model on this machine, once as (a) mell-ray with its default policy, once as (b)
+``serve_baseline.py``: the same engine as a plain Serve deployment, load-balanced and autoscaled by
+Serve itself, both between the same minimum and maximum of replicas and behind the same HTTP. Each
+time it replays the same window of the trace and counts replicas twice a second from
+``GET /mell/v1/state``, whatever their state: starting, draining and stopping ones are paid for too.
+Counting starts with the first request and ends with the last answer.
 
-Replicas open in the time their processes take, the same way in both. ``--pool-mib`` is small on
-purpose: it, not the machine's memory, decides how many requests a replica holds. Without TRACE,
-bursts are generated. Exit code 1 if a request failed in either.
+Serve aims at ``--target-ongoing`` requests a replica; by default 80 % of what the KV pool of a
+replica holds on average. Its delays (30 s up, 600 s down, looking back 30 s) are its defaults
+divided by the time compression, like the traffic; our idle grace is not, as it is there for the
+time that a replica takes to start. Replicas open in the time their processes take, in both.
+``--pool-mib`` is small on purpose: it, not the machine's memory, decides how many requests a
+replica holds. ``--every N`` thins the traffic to what the machine can bear.
+
+Then the simulator runs the same requests with what was measured of (a): the pool, the speed of
+decoding, the time to start; its replica-seconds stand beside the live ones. Without TRACE, bursts
+are generated. Exit code 1 if a request failed in either.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -39,19 +48,25 @@ from mell_ray.replay.plan import plan
 from mell_ray.replay.session import replay
 from mell_ray.replay.types import Job, ReplayOptions
 from mell_ray.simulation.cli import load_trace
+from mell_ray.simulation.loop import simulate
+from mell_ray.simulation.types import SimOptions, TraceRow
 
 SYNTHETIC = "synthetic:gamma,rate=2,cv=3,duration=1800,prompt_median=1000,output_median=200"
 MODEL = "mell-tiny"
-SAMPLE_S = 1.0
+SAMPLE_S = 0.5
 START_S = 300.0
 STOP_S = 90.0
 MIB = 1 << 20
+BLOCK_SIZE = 16
+TOKEN_BYTES = 2560  # of KV of the built-in model in float32
+EPOCH_S = 0.25  # the Router's planning tick
+HERE = Path(__file__).resolve().parent
 
-#: What differs between the two; the rest of the configuration is the same.
-SIDES: dict[str, dict[str, Any]] = {
-    "ours": {"policy": {"name": "tide"}, "migration": {"enabled": True}},
-    "baseline": {"policy": {"name": "worst-fit"}, "migration": {"enabled": False}},
-}
+SIDES = ("ours", "baseline")
+BUILDERS = {"ours": "mell_ray.serving:build_openai_app", "baseline": "serve_baseline:build"}
+#: Defaults of Serve's autoscaling, in seconds of the trace.
+UPSCALE_DELAY_S, DOWNSCALE_DELAY_S, LOOK_BACK_S, PUSH_S = 30.0, 600.0, 30.0, 10.0
+TARGET_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +81,9 @@ class Meter:
 
     samples: list[Sample] = field(default_factory=list)
     missed: int = 0  # samples that the server did not answer; the one before stands for them
+    capacity_tokens: int = 0  # of a replica's KV pool, where the server tells
+    _born: dict[str, float] = field(default_factory=dict)  # when a starting replica was first seen
+    _startups: list[float] = field(default_factory=list)
 
     async def run(self, url: str) -> None:
         """Sample until cancelled."""
@@ -74,11 +92,26 @@ class Meter:
                 try:
                     answer = await http.get("/mell/v1/state")
                     answer.raise_for_status()
-                    count = len(answer.json()["replicas"])
-                    self.samples.append(Sample(time.monotonic(), count))
+                    self._look(answer.json()["replicas"], time.monotonic())
                 except httpx.HTTPError:
                     self.missed += 1
                 await asyncio.sleep(SAMPLE_S)
+
+    def _look(self, replicas: list[dict[str, Any]], now: float) -> None:
+        self.samples.append(Sample(now, len(replicas)))
+        for replica in replicas:
+            if replica["state"] == "starting":
+                self._born.setdefault(replica["id"], now)
+                continue
+            born = self._born.pop(replica["id"], None)
+            if born is not None:
+                self._startups.append(now - born)
+            blocks = replica.get("capacity_blocks", 0)
+            self.capacity_tokens = max(self.capacity_tokens, blocks * BLOCK_SIZE)
+
+    def startup_s(self) -> float | None:
+        """Mean time from asking for a replica until it took requests; None: none was opened."""
+        return sum(self._startups) / len(self._startups) if self._startups else None
 
 
 def replica_seconds(samples: Sequence[Sample], until_s: float) -> float:
@@ -88,17 +121,31 @@ def replica_seconds(samples: Sequence[Sample], until_s: float) -> float:
 
 
 def config(side: str, args: argparse.Namespace, port: int) -> dict[str, Any]:
-    scaling = {"min_replicas": args.min_replicas, "max_replicas": args.max_replicas}
+    scaling: dict[str, Any] = {
+        "min_replicas": args.min_replicas,
+        "max_replicas": args.max_replicas,
+    }
     llm = {
         "model_loading_config": {"model_id": MODEL, "model_source": "builtin"},
         "accelerator_type": "CPU",
         "deployment_config": {"autoscaling_config": scaling},
         "engine_kwargs": {
             "max_num_seqs": args.max_num_seqs,
-            "kv_cache_memory_bytes": args.pool_mib * MIB,
+            "kv_cache_memory_bytes": int(args.pool_mib * MIB),
         },
     }
-    mell = {**SIDES[side], "fleet": {"idle_grace_s": args.idle_grace_s}}
+    settings: dict[str, Any] = {"llm_configs": [llm]}
+    if side == "ours":
+        settings["mell"] = {"fleet": {"idle_grace_s": args.idle_grace_s}}
+    else:
+        settings["autoscaling"] = {
+            **scaling,
+            "target_ongoing_requests": args.target_ongoing,
+            "upscale_delay_s": UPSCALE_DELAY_S / args.time_compression,
+            "downscale_delay_s": args.downscale_delay_s / args.time_compression,
+            "look_back_period_s": LOOK_BACK_S / args.time_compression,
+            "metrics_interval_s": PUSH_S / args.time_compression,
+        }
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -107,15 +154,17 @@ def config(side: str, args: argparse.Namespace, port: int) -> dict[str, Any]:
             {
                 "name": "mell",
                 "route_prefix": "/",
-                "import_path": "mell_ray.serving:build_openai_app",
-                "args": {"llm_configs": [llm], "mell": mell},
+                "import_path": BUILDERS[side],
+                "args": settings,
             }
         ],
     }
 
 
 @contextmanager
-def served(settings: dict[str, Any], folder: Path, haproxy: bool) -> Iterator[str]:
+def served(
+    settings: dict[str, Any], folder: Path, haproxy: bool, environment: dict[str, str]
+) -> Iterator[str]:
     """The url of a server with these settings; it is stopped, and gone, afterwards.
 
     Raises:
@@ -129,6 +178,7 @@ def served(settings: dict[str, Any], folder: Path, haproxy: bool) -> Iterator[st
             command if haproxy else [*command, "--no-haproxy"],
             stdout=stream,
             stderr=subprocess.STDOUT,
+            env=os.environ | environment,
         )
     try:
         url = f"http://127.0.0.1:{settings['http_options']['port']}"
@@ -172,6 +222,8 @@ async def measure(
         raise SystemExit(f"{url}/mell/v1/state did not answer while the replay ran")
     return {
         "replica_seconds": replica_seconds(meter.samples, until),
+        "startup_s": meter.startup_s(),
+        "capacity_tokens": meter.capacity_tokens,
         "peak_replicas": max(sample.replicas for sample in meter.samples),
         "missed_samples": meter.missed,
         **asdict(done.summary),
@@ -185,7 +237,13 @@ def run_side(
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        with served(config(side, args, port), Path(folder), args.haproxy) as url:
+        push_s = str(PUSH_S / args.time_compression)
+        environment = {
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": push_s,
+            "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": push_s,
+        }
+        with served(config(side, args, port), Path(folder), args.haproxy, environment) as url:
             result = asyncio.run(measure(url, jobs, options, args.timeout_s))
     print(
         f"{side}: {result['replica_seconds']:.0f} replica-seconds in {result['duration_s']:.0f} s, "
@@ -215,6 +273,43 @@ def compare(ours: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def simulated(jobs: list[Job], ours: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Replica-seconds that ``mell-ray simulate`` finds for the same requests."""
+    tpot_ms = ours["tpot_ms"]["p50"]
+    if not tpot_ms or not ours["capacity_tokens"]:
+        return {}
+    rate = 1e3 / tpot_ms
+    # A request takes whole blocks, so half of one is empty on average.
+    rows = [
+        TraceRow(job.number, job.at_s, job.prompt_tokens + BLOCK_SIZE // 2, job.output_tokens)
+        for job in jobs
+    ]
+    options = SimOptions(
+        gpu_tokens=ours["capacity_tokens"],
+        decode_tokens_per_s=rate,
+        epoch_tokens=max(1, round(EPOCH_S * rate)),
+        report_tokens=BLOCK_SIZE,
+        startup_s=ours["startup_s"] or 0.0,
+        idle_grace_s=args.idle_grace_s,
+        initial_gpus=args.min_replicas,
+        min_gpus=args.min_replicas,
+        max_gpus=args.max_replicas,
+        max_requests_per_gpu=args.max_num_seqs,
+        seed=args.seed,
+    )
+    paid = simulate(rows, options).billed_gpu_seconds
+    return {"replica_seconds": paid, "difference": paid / ours["replica_seconds"] - 1}
+
+
+def target_ongoing(jobs: list[Job], args: argparse.Namespace) -> float:
+    """Requests that a replica should have: as many as its pool holds on average, less a reserve.
+    A request holds its prompt, and half of its output while it decodes."""
+    seconds = sum(job.output_tokens for job in jobs)  # of decoding, in steps
+    held = sum(j.output_tokens * (j.prompt_tokens + j.output_tokens / 2) for j in jobs) / seconds
+    room = args.pool_mib * MIB / TOKEN_BYTES / (held + BLOCK_SIZE / 2)
+    return round(max(1.0, TARGET_SHARE * min(room, args.max_num_seqs)), 1)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trace", nargs="?", default=SYNTHETIC, help="CSV, or a synthetic: one")
@@ -224,11 +319,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scale-output", type=float, default=0.5)
     parser.add_argument("--max-prompt", type=int, default=400)
     parser.add_argument("--max-output", type=int, default=400)
+    parser.add_argument("--every", type=int, default=1, help="send each so-manieth request only")
     parser.add_argument("--min-replicas", type=int, default=1)
     parser.add_argument("--max-replicas", type=int, default=4)
-    parser.add_argument("--idle-grace-s", type=float, default=2.0)
+    parser.add_argument("--target-ongoing", type=float, help="of Serve, per replica")
+    parser.add_argument(
+        "--downscale-delay-s", type=float, default=DOWNSCALE_DELAY_S, help="of Serve, in the trace"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--pool-mib", type=int, default=16, help="KV pool of a replica")
+    parser.add_argument("--idle-grace-s", type=float, default=10.0, help="of mell-ray")
+    parser.add_argument("--pool-mib", type=float, default=16, help="KV pool of a replica")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of a request")
     parser.add_argument("--haproxy", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -247,10 +347,16 @@ def main() -> None:
         max_output=args.max_output,
         seed=args.seed,
     )
-    jobs = plan(load_trace(args.trace), options)
-    print(f"{len(jobs)} requests in {jobs[-1].at_s:.0f} s, twice", flush=True)
+    jobs = plan(load_trace(args.trace), options)[:: args.every]
+    args.target_ongoing = args.target_ongoing or target_ongoing(jobs, args)
+    print(
+        f"{len(jobs)} requests in {jobs[-1].at_s:.0f} s, twice; Serve's target is "
+        f"{args.target_ongoing} ongoing requests a replica",
+        flush=True,
+    )
     results = {side: run_side(side, jobs, options, args) for side in SIDES}
     told = compare(results["ours"], results["baseline"])
+    told["simulated"] = simulated(jobs, results["ours"], args)
     shown = {name: value for name, value in told.items() if name not in SIDES}
     print(json.dumps(shown, indent=1))
     if args.json is not None:

@@ -10,6 +10,8 @@ import pytest
 from mell_ray.builtin import MODEL_ID
 from tests.serving.conftest import App
 
+TICKS_A_SECOND = 4
+
 
 @pytest.fixture(scope="module")
 def app(deploy) -> App:
@@ -52,3 +54,47 @@ def test_fleet_grows_from_nothing_to_its_maximum_and_back(app: App) -> None:
     assert [r.json()["usage"]["completion_tokens"] for r in responses] == [250] * 8
     assert most == 2
     app.wait(lambda s: s["replicas"] == [], "idle replicas were not released")
+
+
+def test_spare_replicas_are_there_before_the_load(deploy) -> None:
+    app = deploy(
+        "spare",
+        replicas=(0, 3),
+        engine={"num_gpu_blocks_override": 40},
+        mell={"fleet": {"spare_gpus": 1, "idle_grace_s": 0}},
+    )
+    (first,) = app.wait_ready(1)
+    assert not app.state()["requests"]
+
+    async def one() -> dict:
+        async with httpx.AsyncClient(timeout=120) as client:
+            body = {"model": MODEL_ID, "prompt": "It was", "max_tokens": 500, "ignore_eos": True}
+            task = asyncio.create_task(client.post(f"{app.url}/v1/completions", json=body))
+            while not task.done():
+                state = (await client.get(f"{app.url}/mell/v1/state")).json()
+                if len(state["replicas"]) == 2 and state["requests"]:
+                    assert (await task).status_code == 200
+                    return state
+                await asyncio.sleep(0.02)
+            raise AssertionError("no spare was opened while the other replica was in use")
+
+    state = asyncio.run(one())
+    assert state["requests"][0]["replica"] == first
+    app.wait(lambda s: len(s["replicas"]) == 1, "the second spare was not released")
+
+
+def test_with_a_forecast_a_replica_outlives_the_lull(deploy) -> None:
+    """Demand has just been there; without a forecast the empty replica would go at once."""
+    app = deploy(
+        "foreseen",
+        replicas=(0, 2),
+        mell={"fleet": {"forecast": True, "idle_grace_s": 0}},
+    )
+    client = app.client
+    assert client.completions.create(model=MODEL_ID, prompt="It was", max_tokens=4).choices
+    app.wait_idle()
+    (kept,) = app.wait_ready(1)
+    for _ in range(3 * TICKS_A_SECOND):
+        assert [r["id"] for r in app.state()["replicas"]] == [kept]
+    assert client.completions.create(model=MODEL_ID, prompt="It was", max_tokens=4).choices
+    assert [r["id"] for r in app.state()["replicas"]] == [kept]
