@@ -80,7 +80,7 @@ class _Group(NamedTuple):
     """Several decodes at once; their KV is gathered token by token. A shorter one is padded with
     its own last token, so that nothing stale and nothing of a neighbour can reach its softmax."""
 
-    rows: torch.Tensor  # of the layer's tokens: those of K, then of V where there are planes for it
+    rows: torch.Tensor  # of the layer's tokens: sequence by sequence, its K, then its V if any
     gathered: torch.Tensor  # workspace for those rows
     keys: torch.Tensor  # [G, Hk, keys, D] in ``gathered``, as are the values
     values: torch.Tensor
@@ -165,10 +165,12 @@ class CpuPlan:
         positions = np.minimum(positions, ends[:, None] - 1)
         blocks = self._tables[np.array(members)[:, None], positions // block_size].astype(np.int64)
         keys = blocks * (self._block_stride * block_size) + positions % block_size
-        rows = self._each_plane(keys.reshape(-1), block_size)
+        # A sequence's keys and values side by side: one core gathers and reads them then.
+        planes = np.arange(views.planes)[None, :, None] * block_size
+        rows = self._send((keys[:, None] + planes).reshape(-1))
         gathered = self._workspace.like(rows.numel(), views.token_rows[0])
-        shape = (views.planes, len(members), num_keys, views.kv_heads, views.head_dim)
-        kv = gathered.view(shape).transpose(2, 3)
+        shape = (len(members), views.planes, num_keys, views.kv_heads, views.head_dim)
+        kv = gathered.view(shape).permute(1, 0, 3, 2, 4)
         mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
         whole = len(members) == self._cu_seqlens[-1]
         return _Group(

@@ -16,6 +16,7 @@ from mell_kernels.cpu import Workspace
 from mell_kernels.int8 import Int8Plan, Int8Pool
 from mell_kernels.metadata import AttentionMetadata
 from mell_kernels.rows import SamplingRows
+from mell_kernels.sampling import row_argmax
 
 
 def _has_kernels(tensor: torch.Tensor) -> bool:
@@ -135,6 +136,13 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
         return triton_sampling.sample(logits, rows)
     return cpu_sampling.sample(logits, rows)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """What ``sample`` draws at temperature 0, of logits of any floating type."""
+    tokens = row_argmax(logits)
+    usable = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    return tokens.masked_fill_(~usable, -1)
 
 
 def rms_norm(

@@ -23,7 +23,7 @@ _NAME = (
     "_ZN2at6native27mkldnn_tensor_from_data_ptr"
     "EPvN3c108ArrayRefIlEENS2_10ScalarTypeENS2_6DeviceEPKhl"
 )
-_SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
+_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 _CPU = 0  # c10::Device: type in the low byte, index in the high one
 
 

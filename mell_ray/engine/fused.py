@@ -4,35 +4,42 @@ transformers' modules stay what a model is made of: they load the weights, and t
 are what the load-time self-check compares with. But on a CPU a decode step is so short that their
 many small operations cost as much as the matrices. For decoders whose layers are Llama's (RMSNorm,
 rotary embedding, gated MLP), this runs the same arithmetic on the same parameters: the projections
-that read the same input as one matrix, packed weights, a table of rotary angles, residuals added by
-the matrix kernel. Every other model runs as transformers wrote it.
+that read the same input as one matrix, packed weights, a table of rotary angles. What is added up
+over the layers is kept in float32. Every other model runs as transformers wrote it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mell_kernels.linear import Linear
-from torch.nn.functional import embedding, rms_norm, silu
+from mell_kernels.linear import Bound, Linear, fits_half, largest_output
+from torch.nn.functional import embedding, silu
 from transformers import PreTrainedModel
 
 # Decoders made of exactly this block, by model_type; Qwen3 has norms on queries and keys besides.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass(frozen=True, slots=True)
 class _Norm:
-    weight: torch.Tensor
-    eps: float
+    """RMSNorm over the last dimension, computed in float32: fewer and faster operations than
+    torch's own, which on a CPU is made of eight."""
 
-    @classmethod
-    def of(cls, module: Any) -> _Norm:
-        return cls(module.weight, float(module.variance_epsilon))
+    def __init__(self, module: Any) -> None:
+        self.weight = module.weight.float()
+        self._eps = self.weight.new_tensor(float(module.variance_epsilon))
+        self._share = 1.0 / len(self.weight)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = x.float()
+        norm = torch.linalg.vector_norm(x, 2, -1, True)
+        scale = torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_()
+        return (x * scale).mul_(self.weight).to(dtype)
+
+    def bound(self) -> Bound:
+        """Of what it gives: its rows lie on a sphere that ``weight`` stretches."""
+        most = float(self.weight.abs().max()) * len(self.weight) ** 0.5
+        return Bound(most, most)
 
 
 class _Rotary:
@@ -53,16 +60,15 @@ class _Rotary:
         positions = torch.arange(length, device=self._like.device)[None]
         cos, sin = self._module(self._like, position_ids=positions)
         half = cos.shape[-1] // 2
-        self._cos = cos[0].view(length, 1, 2, half)
+        self._cos = cos[0][:, None]
         # rotate_half(x) * sin == swapped halves of x * (-sin, sin)
-        self._sin = sin[0].view(length, 1, 2, half).clone()
-        self._sin[:, :, 0].neg_()
+        self._sin = sin[0][:, None].clone()
+        self._sin[..., :half].neg_()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``[T, heads, D]`` rotated by tables of ``[T, 1, 2, D / 2]``."""
-    halves = x.view(*x.shape[:2], 2, -1)
-    return torch.addcmul(halves * cos, halves.flip(2), sin).view(x.shape)
+    """``[T, heads, D]`` rotated by tables of ``[T, 1, D]``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class _Layer:
@@ -74,30 +80,39 @@ class _Layer:
         self._head_dim = attention.head_dim
         self._scale = attention.scaling
         self._window = _window(attention)
-        self._norm_1 = _Norm.of(module.input_layernorm)
-        self._norm_2 = _Norm.of(module.post_attention_layernorm)
+        self._norm_1 = _Norm(module.input_layernorm)
+        self._norm_2 = _Norm(module.post_attention_layernorm)
         qk_norm = hasattr(attention, "q_norm")
-        self._q_norm = _Norm.of(attention.q_norm) if qk_norm else None
-        self._k_norm = _Norm.of(attention.k_norm) if qk_norm else None
+        self._q_norm = _Norm(attention.q_norm) if qk_norm else None
+        self._k_norm = _Norm(attention.k_norm) if qk_norm else None
         self._heads = attention.q_proj.out_features // self._head_dim
         self._kv_heads = attention.k_proj.out_features // self._head_dim
         self._width = mlp.gate_proj.out_features
-        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = _joined(attention.o_proj)
-        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj)
-        self._down = _joined(mlp.down_proj)
+        self._dtype = attention.q_proj.weight.dtype
+        attended, gated = _inner_bounds(self._norm_1, self._norm_2, attention, mlp)
+        first, second = self._norm_1.bound(), self._norm_2.bound()
+        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, bound=first)
+        self._out = _joined(attention.o_proj, bound=attended, may_shrink=True)
+        # What is gated is multiplied in the dtype of the gate.
+        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, bound=second if gated else None)
+        self._down = _joined(mlp.down_proj, bound=gated, may_shrink=True)
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Any
     ) -> torch.Tensor:
-        qkv = self._qkv(self._norm_1(x)).view(len(x), -1, self._head_dim)
+        """``x``: the residual stream, ``[T, hidden]`` float32; may be overwritten."""
+        rows = len(x)
+        qkv = self._qkv(self._norm_1(x, self._qkv.input_dtype(rows)))
+        if qkv.dtype != self._dtype:
+            qkv = qkv.float().to(self._dtype)  # the direct way is several times slower
+        qkv = qkv.view(rows, -1, self._head_dim)
         rotated = self._heads + self._kv_heads
         if self._q_norm is None or self._k_norm is None:
             qk = _rotate(qkv[:, :rotated], cos, sin)
             query, key = qk[:, : self._heads], qk[:, self._heads :]
         else:
-            query = _rotate(self._q_norm(qkv[:, : self._heads]), cos, sin)
-            key = _rotate(self._k_norm(qkv[:, self._heads : rotated]), cos, sin)
+            query = _rotate(self._q_norm(qkv[:, : self._heads], self._dtype), cos, sin)
+            key = _rotate(self._k_norm(qkv[:, self._heads : rotated], self._dtype), cos, sin)
         attended = batch.attend(
             self._index,
             query,
@@ -107,10 +122,27 @@ class _Layer:
             window=self._window,
             softcap=None,
             sinks=None,
-        )
-        x = self._out.plus(attended.reshape(len(x), -1), x)
-        both = self._gate_up(self._norm_2(x))
-        return self._down.plus(silu(both[:, : self._width]).mul_(both[:, self._width :]), x)
+        ).reshape(rows, -1)
+        x = self._out.plus(attended.to(self._out.input_dtype(rows)), x)
+        both = self._gate_up(self._norm_2(x, self._gate_up.input_dtype(rows)))
+        gated = silu(both[:, : self._width]).mul_(both[:, self._width :])
+        return self._down.plus(gated.to(self._down.input_dtype(rows)), x)
+
+
+def _inner_bounds(
+    norm_1: _Norm, norm_2: _Norm, attention: Any, mlp: Any
+) -> tuple[Bound, Bound | None]:
+    """Of what attention gives, whose every element lies between those of the values; and of what
+    the MLP's second matrix is given, None if that may be too large for float16."""
+    value = largest_output(attention.v_proj.weight, attention.v_proj.bias, norm_1.bound())
+    attended = Bound(value * attention.o_proj.in_features**0.5, value)
+    gate, up = (
+        largest_output(linear.weight, linear.bias, norm_2.bound())
+        for linear in (mlp.gate_proj, mlp.up_proj)
+    )
+    product = gate * up
+    gated = Bound(product * mlp.down_proj.in_features**0.5, product)
+    return attended, gated if fits_half(product) else None
 
 
 def _window(attention: Any) -> int | None:
@@ -122,13 +154,15 @@ def _window(attention: Any) -> int | None:
     return None
 
 
-def _joined(*modules: torch.nn.Linear) -> Linear:
+def _joined(
+    *modules: torch.nn.Linear, bound: Bound | None = None, may_shrink: bool = False
+) -> Linear:
     """One linear layer that computes all of ``modules``, whose own weights are given up: both kept
     would be twice the memory."""
     weight = torch.cat([module.weight for module in modules])
     biases = [module.bias for module in modules]
     bias = None if any(b is None for b in biases) else torch.cat(biases)  # type: ignore[arg-type]
-    linear = Linear(weight, bias)
+    linear = Linear(weight, bias, bound=bound, may_shrink=may_shrink)
     for module in modules:
         module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
     return linear
@@ -142,10 +176,11 @@ class FusedDecoder:
         self._embedding = decoder.embed_tokens
         self._rotary = _Rotary(decoder.rotary_emb, self._embedding.weight)
         self._layers = [_Layer(layer, i) for i, layer in enumerate(decoder.layers)]
-        self._norm = _Norm.of(decoder.norm)
-        tied = model.lm_head.weight is self._embedding.weight
+        self._norm = _Norm(decoder.norm)
+        head, bound = model.lm_head, self._norm.bound()
+        tied = head.weight is self._embedding.weight
         self._head = (
-            Linear(model.lm_head.weight, model.lm_head.bias) if tied else _joined(model.lm_head)
+            Linear(head.weight, head.bias, bound=bound) if tied else _joined(head, bound=bound)
         )
 
     def __call__(
@@ -156,12 +191,14 @@ class FusedDecoder:
         end: int,
         batch: Any,
     ) -> torch.Tensor:
-        """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``."""
-        x = embedding(input_ids, self._embedding.weight)
+        """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``, in
+        the dtype that they were computed in."""
+        x = embedding(input_ids, self._embedding.weight).float()
         cos, sin = self._rotary.rows(position_ids, end)
         for layer in self._layers:
             x = layer(x, cos, sin, batch)
-        return self._head(self._norm(x.index_select(0, logits_rows)))
+        last = x.index_select(0, logits_rows)
+        return self._head(self._norm(last, self._head.input_dtype(len(last))))
 
 
 def fuse(model: PreTrainedModel) -> FusedDecoder | None:

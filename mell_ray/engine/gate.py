@@ -158,7 +158,8 @@ def _paged_logits(loaded: LoadedModel, tokens: list[int], block_size: int) -> to
         total = batch.input_ids.shape[1]
         wanted = torch.arange(total - chunks[-1][1], total, device=loaded.device)
         context = PagedKV(pool.cache, batch.attention)
-        rows.append(loaded.forward(batch.input_ids, batch.position_ids, wanted, context))
+        logits = loaded.forward(batch.input_ids, batch.position_ids, wanted, context)
+        rows.append(logits.float())
         for seq, chunk in chunks:
             seq.num_computed += chunk
     return torch.cat(rows)

@@ -144,10 +144,11 @@ class LoadedModel:
         logits_rows: torch.Tensor,
         batch: Any,
     ) -> torch.Tensor:
-        """fp32 logits ``[len(logits_rows), vocab_size]`` of a ragged batch ``[1, T]``."""
+        """Logits ``[len(logits_rows), vocab_size]`` of a ragged batch ``[1, T]``: fp32, or as a
+        fused model computes them, which to convert costs as much as to choose from."""
         if self.fused is not None:
             end = batch.max_seqlen_k
-            return self.fused(input_ids[0], position_ids[0], logits_rows, end, batch).float()
+            return self.fused(input_ids[0], position_ids[0], logits_rows, end, batch)
         output = self.model(
             input_ids=input_ids,
             position_ids=position_ids,

@@ -80,10 +80,13 @@ def start(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> D
     """Begin to draw the next token of ``seqs[i]`` from ``logits[i]``.
 
     Args:
-        logits: ``[R, V]`` float32; overwritten.
+        logits: ``[R, V]`` of a floating type; may be overwritten.
         eos: token ids that end a sequence unless it ignores them.
     """
     params = [seq.state.sampling for seq in seqs]
+    if all(_plainly_greedy(seq, p) for seq, p in zip(seqs, params, strict=True)):
+        return Draw(ops.likeliest(logits), None, params, {})
+    logits = logits.float()
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     raw = None
     if wanted:
@@ -94,6 +97,18 @@ def start(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> D
         if failed.get(i) is None:
             _adjust(logits[i], seq, eos)
     return Draw(ops.sample(logits, _rows(seqs, logits.device)), raw, params, failed)
+
+
+def _plainly_greedy(seq: Sequence, p: SamplingParams) -> bool:
+    """Whether the largest of the raw logits is all that is wanted."""
+    return (
+        p.temperature == 0
+        and p.logprobs is None
+        and p.repetition_penalty == 1.0
+        and not (p.frequency_penalty or p.presence_penalty or p.logit_bias)
+        and seq.constraint is None
+        and seq.num_output >= p.min_tokens
+    )
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> list[Sampled]:

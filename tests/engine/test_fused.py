@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from mell_kernels.linear import Linear, can_pack
+from mell_kernels import linear as kernels
+from mell_kernels.linear import Bound, Linear, can_pack
 
 from mell_ray.engine import Engine, load_model
 from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config
@@ -98,3 +99,64 @@ def test_linear(dtype: torch.dtype, with_bias: bool) -> None:
 def test_only_what_has_kernels_is_packed() -> None:
     assert can_pack(torch.float32) == bool(torch.cpu.get_capabilities().get("avx2"))
     assert not can_pack(torch.float64)
+
+
+needs_half = pytest.mark.skipif(
+    not (can_pack(torch.bfloat16) and torch.cpu.get_capabilities().get("avx512_fp16")),
+    reason="this CPU cannot multiply float16",
+)
+
+
+@needs_half
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_a_float16_copy_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, size: float
+) -> None:
+    """Also where results leave float16's range, as only ``plus`` can give them."""
+    monkeypatch.setattr(kernels, "half_is_faster", lambda: True)
+    torch.manual_seed(0)
+    weight = torch.randn(48, 40).bfloat16()
+    bias = torch.randn(48).bfloat16() if with_bias else None
+    x = (torch.randn(16, 40) * size).bfloat16()
+    bound = Bound(float(x.float().norm(dim=1).max()), float(x.abs().max()))
+    subject = Linear(weight, bias, bound=bound, may_shrink=True)
+    assert subject.input_dtype(16) == torch.float16
+    assert subject.input_dtype(1) == torch.bfloat16
+    residual = torch.randn(16, 48)
+    expected = residual.double() + torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    with torch.inference_mode():
+        result = subject.plus(x.half(), residual.clone())
+    assert result.dtype == torch.float32
+    error = (result.double() - expected).abs().max() / expected.abs().max()
+    assert error < 1e-3
+
+
+@needs_half
+@pytest.mark.parametrize("bound", [None, Bound(1e5, 1e5), Bound(1e5, 1.0)])
+def test_no_float16_where_it_could_overflow(
+    monkeypatch: pytest.MonkeyPatch, bound: Bound | None
+) -> None:
+    monkeypatch.setattr(kernels, "half_is_faster", lambda: True)
+    subject = Linear(torch.ones(8, 8).bfloat16(), bound=bound)
+    assert subject.input_dtype(512) == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_bfloat16_in_wide_steps_and_narrow_ones(scale: float) -> None:
+    """Logits near those of float64, whatever copy of the weights a step's width selects and
+    however large the norms' weights are."""
+    model = build(hf.LlamaConfig(**TINY)).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_attention_layernorm" in name:
+                parameter.fill_(scale)
+    expected = [generate(model.double(), prompt, 1) for prompt in prompts(3, seed=5, longest=30)]
+    config = small_config(max_num_batched_tokens=24, dtype="bfloat16")
+    subject = Engine(load_model(model.bfloat16(), config), config)
+    for i, prompt in enumerate(prompts(3, seed=5, longest=30)):
+        subject.add(request(f"r{i}", prompt, 1, arrival_s=i))
+    client = drain(subject)
+    assert [client.tokens[f"r{i}"] for i in range(3)] == expected

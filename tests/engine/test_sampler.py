@@ -304,3 +304,24 @@ def test_row_argmax_settles_ties_and_nan_as_torch_does() -> None:
     torch.manual_seed(0)
     many = torch.randn(40, 500).half().float()
     assert torch.equal(row_argmax(many), many.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_row_argmax_of_16_bits_is_that_of_32(dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor(
+        [
+            [1.0, 3.0, 3.0, 0.0],
+            [-3.0, -2.0, -2.0, -inf],
+            [-0.0, 0.0, -1.0, -inf],
+            [-1.0, -0.0, 0.0, -5.0],
+            [-inf, -inf, -inf, -inf],
+            [1.0, inf, inf, 0.0],
+            [1.0, nan, inf, nan],
+        ]
+    ).to(dtype)
+    negative_nan = rows[:1].clone()
+    negative_nan.view(torch.int16)[0, 3] = -1
+    torch.manual_seed(0)
+    for some in (rows[:1], rows[1:2], rows[:6], rows, negative_nan, torch.randn(40, 500).to(dtype)):
+        assert torch.equal(row_argmax(some), some.float().argmax(dim=-1))
