@@ -69,7 +69,8 @@ class _Single(NamedTuple):
 
     rows: torch.Tensor  # of the layer's blocks: those of K, then of V where there are planes for it
     gathered: torch.Tensor  # workspace for those rows
-    kv: torch.Tensor  # [planes, keys, Hk, D], what of ``gathered`` is in reach
+    keys: torch.Tensor  # [1, Hk, keys, D], what of ``gathered`` is in reach; as are the values
+    values: torch.Tensor
     q_start: int
     q_end: int
     mask: torch.Tensor | None  # [q, keys] to add, where causality alone does not say it
@@ -85,7 +86,7 @@ class _Group(NamedTuple):
     keys: torch.Tensor  # [G, Hk, keys, D] in ``gathered``, as are the values
     values: torch.Tensor
     mask: torch.Tensor  # [G, 1, 1, keys] to add
-    tokens: torch.Tensor | None  # [G] rows of the batch; None: all of them, in order
+    tokens: torch.Tensor  # [G] rows of the batch
 
 
 class _WindowPlan(NamedTuple):
@@ -172,13 +173,12 @@ class CpuPlan:
         shape = (len(members), views.planes, num_keys, views.kv_heads, views.head_dim)
         kv = gathered.view(shape).permute(1, 0, 3, 2, 4)
         mask = np.where(inside, 0.0, -np.inf).astype(np.float32)[:, None, None]
-        whole = len(members) == self._cu_seqlens[-1]
         return _Group(
             rows,
             gathered,
             *_keys_values(kv),
             mask=self._send(mask).to(gathered.dtype),
-            tokens=None if whole else self._send(np.array([self._cu_seqlens[i] for i in members])),
+            tokens=self._send(np.array([self._cu_seqlens[i] for i in members])),
         )
 
     def _single(self, i: int, window: int | None) -> _Single:
@@ -199,8 +199,8 @@ class CpuPlan:
         mask = None
         if q_len > 1 and not is_causal:
             mask = _chunk_mask(first_query, first_key, kv_len, window, gathered)
-        kv = kv[:, skip : skip + kv_len - first_key]
-        return _Single(rows, gathered, kv, q_start, q_end, mask, is_causal)
+        kv = kv[:, None, skip : skip + kv_len - first_key].transpose(2, 3)
+        return _Single(rows, gathered, *_keys_values(kv), q_start, q_end, mask, is_causal)
 
     def _each_plane(self, rows: np.ndarray, stride: int) -> torch.Tensor:
         planes = [rows + plane * stride for plane in range(self.views.planes)]
@@ -246,20 +246,23 @@ def paged_attention(
     if sinks is not None:
         sinks = sinks.float().view(grouped.shape[1:3])
     work = plan.window(window)
+    how = (scale, softcap, sinks)
+    if len(work.singles) + len(work.groups) == 1:
+        if work.singles:
+            result = _sequence(grouped, views.block_rows[layer], work.singles[0], *how)
+        else:
+            # Members of a group are in the order of the batch.
+            result = _decodes(grouped, views.token_rows[layer], work.groups[0], *how)
+        return result.reshape(query.shape)
     output = query.new_empty(grouped.shape)
     for single in work.singles:
         q = grouped[single.q_start : single.q_end]
-        result = _sequence(q, views.block_rows[layer], single, scale, softcap, sinks)
+        result = _sequence(q, views.block_rows[layer], single, *how)
         output[single.q_start : single.q_end].copy_(result)
     for many in work.groups:
-        rows = views.token_rows[layer]
-        if many.tokens is None:
-            output = _decodes(grouped, rows, many, scale, softcap, sinks)
-        else:
-            q = grouped.index_select(0, many.tokens)
-            result = _decodes(q, rows, many, scale, softcap, sinks)
-            output.index_copy_(0, many.tokens, result)
-    return output.reshape(query.shape)
+        q = grouped.index_select(0, many.tokens)
+        output.index_copy_(0, many.tokens, _decodes(q, views.token_rows[layer], many, *how))
+    return output.view(query.shape)
 
 
 def _decodes(
@@ -290,8 +293,7 @@ def _sequence(
         return _chunk_by_hand(q, single, scale, softcap, sinks)
     if q.shape[0] > 1:
         return _chunk(q, single, scale)
-    keys, values = _keys_values(single.kv.transpose(1, 2)[:, None])
-    return scaled_dot_product_attention(q, keys, values, scale=scale)
+    return scaled_dot_product_attention(q, single.keys, single.values, scale=scale)
 
 
 def _keys_values(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,8 +303,9 @@ def _keys_values(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _chunk(q: torch.Tensor, single: _Single, scale: float) -> torch.Tensor:
     """KV heads stand in the batch dimension; their groups read the same keys through stride 0."""
-    expanded = single.kv.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
-    keys, values = _keys_values(expanded)
+    keys, values = (
+        each[0, :, None].expand(-1, q.shape[2], -1, -1) for each in (single.keys, single.values)
+    )
     result = scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
         keys,
@@ -323,8 +326,8 @@ def _chunk_by_hand(
 ) -> torch.Tensor:
     mask = single.mask
     if single.is_causal:
-        mask = _chunk_mask(0, 0, single.kv.shape[1], None, q)
-    keys, values = _keys_values(single.kv.transpose(1, 2)[:, :, None])
+        mask = _chunk_mask(0, 0, single.keys.shape[2], None, q)
+    keys, values = single.keys[0, :, None], single.values[0, :, None]
     sink = None if sinks is None else sinks[:, :, None].expand(-1, -1, len(q))
     result = _by_hand(q.permute(1, 2, 0, 3), keys, values, mask, scale, softcap, sink)
     return result.permute(2, 0, 1, 3)

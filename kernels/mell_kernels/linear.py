@@ -51,6 +51,11 @@ def half_is_faster() -> bool:
     return bool(features.get("avx512_fp16")) and not features.get("amx_bf16")
 
 
+if torch.backends.mkldnn.is_available():  # looked up once, as that costs as much as a small call
+    _multiply = torch.ops.mkldnn._linear_pointwise.default
+    _multiply_add = torch.ops.mkldnn._linear_pointwise.binary
+
+
 def fits_half(largest: float) -> bool:
     """Whether numbers up to that one stay well inside float16's range."""
     return largest <= _HALF_LARGEST
@@ -117,13 +122,8 @@ class Linear:
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """``residual + self(x)``, of the residual's dtype and perhaps in its memory."""
         if self._packed is not None and x.dtype == residual.dtype == self._dtype:
-            return torch.ops.mkldnn._linear_pointwise.binary(
-                x, residual, self._packed, self._bias, "add"
-            )
+            return _multiply_add(x, residual, self._packed, self._bias, "add")
         return residual.add_(self(x), alpha=self._shrunk if x.dtype == torch.float16 else 1.0)
-
-
-_multiply = torch.ops.mkldnn._linear_pointwise
 
 
 def largest_output(weight: torch.Tensor, bias: torch.Tensor | None, bound: Bound) -> float:
