@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from mell_kernels import triton_attention, triton_copies
+from mell_kernels import triton_chunks, triton_copies, triton_decode, triton_tiles
 from mell_kernels.metadata import AttentionMetadata
 
 # Without a device to ask (interpreter), few enough that splitting is exercised and still cheap.
@@ -40,8 +40,8 @@ def _views(pool: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def plan(pool: torch.Tensor, meta: AttentionMetadata) -> GpuPlan:
     _, _, _, _, kv_heads, head_dim = pool.shape
-    tile = triton_attention.tiling(head_dim, pool.itemsize).keys
-    splits = triton_attention.num_splits(
+    tile = triton_tiles.tiling(head_dim, pool.itemsize).keys
+    splits = triton_decode.num_splits(
         meta.num_decodes * kv_heads, meta.max_seqlen_k, tile, _multiprocessors(pool.device)
     )
     return GpuPlan(meta.num_decodes, splits)
@@ -75,7 +75,7 @@ def paged_attention(
     size = (num_tokens, num_heads, values.shape[-1])
     out = torch.empty(size, dtype=query.dtype, device=query.device)
     first = work.num_decodes
-    triton_attention.decode(
+    triton_decode.decode(
         query[:first],
         keys,
         values,
@@ -88,7 +88,7 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
     )
-    triton_attention.chunks(
+    triton_chunks.chunks(
         query,
         keys,
         values,

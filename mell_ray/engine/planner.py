@@ -52,7 +52,7 @@ class Planner:
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.preemptions = 0
-        self._block_size = block_size
+        self.block_size = block_size
         self._budget = max_num_batched_tokens
         self._root = prefix_root
         self._rows = list(range(max_num_seqs - 1, -1, -1))
@@ -131,7 +131,7 @@ class Planner:
         seq.blocks = cached + self.pool.allocate(needed)
         seq.row = self._rows.pop()
         seq.num_registered = len(cached)
-        seq.num_computed = len(cached) * self._block_size
+        seq.num_computed = len(cached) * self.block_size
         self.prefix_hit_tokens += seq.num_computed
         if self._root is not None:
             self.prefix_query_tokens += seq.num_tokens
@@ -139,29 +139,29 @@ class Planner:
     def unshare(self, seq: Sequence) -> None:
         """Give up blocks that were offered to the prefix index but will be computed again: that
         must not happen inside a block others may read."""
-        full = seq.num_computed // self._block_size
+        full = seq.num_computed // self.block_size
         if full < seq.num_registered:
             self.pool.free(seq.blocks[full:])
             del seq.blocks[full:]
             seq.num_registered = full
             seq.num_table_blocks = min(seq.num_table_blocks, full)
-            seq.num_computed = full * self._block_size
+            seq.num_computed = full * self.block_size
 
     def _match(self, seq: Sequence) -> list[int]:
         """Cached blocks of ``seq``'s prefix. At least its last token is left to compute: computing
         it again inside a shared block would change that block under its other readers."""
         if self._root is None:
             return []
-        usable = (seq.num_tokens - 1) // self._block_size
-        extend_chain(seq.chain, self._root, seq.token_ids, self._block_size, usable)
+        usable = (seq.num_tokens - 1) // self.block_size
+        extend_chain(seq.chain, self._root, seq.token_ids, self.block_size, usable)
         return self.pool.match(seq.chain[:usable])
 
     def register(self, seq: Sequence) -> None:
         """Offer blocks that have become full and computed to the prefix index."""
-        full = seq.num_computed // self._block_size
+        full = seq.num_computed // self.block_size
         if self._root is None or full <= seq.num_registered:
             return
-        extend_chain(seq.chain, self._root, seq.token_ids, self._block_size, full)
+        extend_chain(seq.chain, self._root, seq.token_ids, self.block_size, full)
         for i in range(seq.num_registered, full):
             self.pool.register(seq.blocks[i], seq.chain[i])
         seq.num_registered = full
@@ -244,7 +244,7 @@ class Planner:
         spare = sum(
             1
             for seq in self.running
-            if seq.status == "running" and seq.num_tokens >= len(seq.blocks) * self._block_size
+            if seq.status == "running" and seq.num_tokens >= len(seq.blocks) * self.block_size
         )
         computing = self._being_computed(plan.chunks) if self.waiting else set()
         while self.waiting and budget > 0 and not self._soon_cached(self.waiting[0], computing):
@@ -266,8 +266,8 @@ class Planner:
         hashes: set[bytes] = set()
         for seq, count in chunks:
             if self._root is not None and count > 1:
-                full = (seq.num_computed + count) // self._block_size
-                extend_chain(seq.chain, self._root, seq.token_ids, self._block_size, full)
+                full = (seq.num_computed + count) // self.block_size
+                extend_chain(seq.chain, self._root, seq.token_ids, self.block_size, full)
                 hashes.update(seq.chain[seq.num_registered : full])
         return hashes
 
@@ -277,7 +277,7 @@ class Planner:
         if not computing:
             return False
         known = len(self._match(seq))
-        usable = (seq.num_tokens - 1) // self._block_size
+        usable = (seq.num_tokens - 1) // self.block_size
         return known < usable and seq.chain[known] in computing
 
     # --- invariants ----------------------------------------------------------------------------
@@ -303,9 +303,9 @@ class Planner:
         name = seq.request_id
         assert seq.row is not None or not seq.blocks, f"{name} has blocks without a row"
         assert len(set(seq.blocks)) == len(seq.blocks), f"{name} holds a block twice"
-        held = len(seq.blocks) * self._block_size
+        held = len(seq.blocks) * self.block_size
         assert seq.num_computed <= held, f"{name}: {seq.num_computed} computed, room for {held}"
-        full = seq.num_computed // self._block_size
+        full = seq.num_computed // self.block_size
         assert seq.num_registered <= full, f"{name} registered an unfinished block"
         for block in seq.blocks[full:]:
             assert self.pool.refs(block) == 1, f"{name} may write block {block}, which is shared"

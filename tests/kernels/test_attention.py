@@ -55,12 +55,12 @@ def close(out: torch.Tensor, wanted: torch.Tensor, dtype: str) -> None:
 
 
 def check_decode(device: str, case: Case, dtype: str, splits: int) -> None:
-    from mell_kernels import triton_attention
+    from mell_kernels import triton_decode
 
     batch = build(case, getattr(torch, dtype), device)
     scale = case.dim**-0.5
     out = torch.full_like(batch.query.contiguous(), torch.nan)
-    triton_attention.decode(
+    triton_decode.decode(
         batch.query,
         batch.keys,
         batch.values,
@@ -78,13 +78,13 @@ def check_decode(device: str, case: Case, dtype: str, splits: int) -> None:
 
 def check_chunks(device: str, case: Case, dtype: str, skipped: int) -> None:
     """The first ``skipped`` sequences are left to the decode kernel, as in a mixed batch."""
-    from mell_kernels import triton_attention
+    from mell_kernels import triton_chunks
 
     batch = build(case, getattr(torch, dtype), device)
     meta, scale = batch.meta, case.dim**-0.5
     before = int(meta.cu_seqlens_q[skipped])
     out = torch.full_like(batch.query.contiguous(), torch.nan)
-    triton_attention.chunks(
+    triton_chunks.chunks(
         batch.query,
         batch.keys,
         batch.values,

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 import triton
-from mell_kernels import triton_attention, triton_copies, triton_layers, triton_sampling
+from mell_kernels import (
+    triton_chunks,
+    triton_copies,
+    triton_decode,
+    triton_layers,
+    triton_sampling,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -67,9 +73,9 @@ def attend(case: Case, dtype: torch.dtype, splits: int) -> None:
     options = {"scale": 0.1, "window": case.window, "softcap": case.softcap, "sinks": batch.sinks}
     common = (batch.query, batch.keys, batch.values, meta.block_tables, meta.seq_lens)
     if splits:
-        triton_attention.decode(*common, out, splits=splits, **options)
+        triton_decode.decode(*common, out, splits=splits, **options)
     else:
-        triton_attention.chunks(
+        triton_chunks.chunks(
             *common, meta.cu_seqlens_q, out, num_tokens=len(batch.query), **options
         )
 
