@@ -14,7 +14,9 @@ replica holds on average. Its delays (30 s up, 600 s down, looking back 30 s) ar
 divided by the time compression, like the traffic; our idle grace is not, as it is there for the
 time that a replica takes to start. Replicas open in the time their processes take, in both.
 ``--pool-mib`` is small on purpose: it, not the machine's memory, decides how many requests a
-replica holds. ``--every N`` thins the traffic to what the machine can bear.
+replica holds. ``--every N`` thins the traffic to what the machine can bear. ``--step-ms`` lets
+every step of an engine take at least that long, in both, as it would on a GPU with a large model:
+otherwise replicas share so few cores that one more makes all others slower.
 
 Then the simulator runs the same requests with what was measured of (a): the pool, the speed of
 decoding, the time to start; its replica-seconds stand beside the live ones. Without TRACE, bursts
@@ -239,6 +241,7 @@ def run_side(
             port = int(probe.getsockname()[1])
         push_s = str(PUSH_S / args.time_compression)
         environment = {
+            "MELL_RAY_STEP_S": str(args.step_ms / 1e3),
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": push_s,
             "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": push_s,
@@ -275,7 +278,7 @@ def compare(ours: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
 
 def simulated(jobs: list[Job], ours: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Replica-seconds that ``mell-ray simulate`` finds for the same requests."""
-    tpot_ms = ours["tpot_ms"]["p50"]
+    tpot_ms = ours["tpot_ms"]["mean"]
     if not tpot_ms or not ours["capacity_tokens"]:
         return {}
     rate = 1e3 / tpot_ms
@@ -329,6 +332,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--idle-grace-s", type=float, default=10.0, help="of mell-ray")
     parser.add_argument("--pool-mib", type=float, default=16, help="KV pool of a replica")
+    parser.add_argument("--step-ms", type=float, default=30.0, help="least time of an engine step")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of a request")
     parser.add_argument("--haproxy", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,13 +4,18 @@ The engine is not thread-safe and must not wait for anybody, so one thread runs 
 else reaches it through ``call``: the function is executed between two steps, where every structure
 of the engine is consistent. That gap is also the only place where ownership of a request can
 change hands.
+
+With ``MELL_RAY_STEP_S`` in the environment steps begin at least so many seconds apart, idle between
+them: a CPU then keeps the time of a slower accelerator, and several replicas fit onto few cores.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
@@ -46,6 +51,8 @@ class EngineLoop:
             collections.deque()
         )
         self._stopping = False
+        self._pace_s = float(os.environ.get("MELL_RAY_STEP_S", "0"))
+        self._next_step = 0.0  # monotonic, not earlier
         self._thread = threading.Thread(target=self._run, name="mell-engine", daemon=True)
 
     def start(self) -> None:
@@ -74,6 +81,7 @@ class EngineLoop:
         try:
             while self._serve_calls():
                 if self._engine.has_work():
+                    self._next_step = time.monotonic() + self._pace_s
                     self._on_step(self._engine.step())
         except BaseException:
             logger.exception("the engine failed; this replica cannot go on")
@@ -87,8 +95,11 @@ class EngineLoop:
         """Execute what is queued; wait if there is nothing to do. False: stop."""
         while True:
             with self._wake:
-                while not (self._calls or self._stopping or self._engine.has_work()):
-                    self._wake.wait()
+                while not (self._calls or self._stopping):
+                    early = self._next_step - time.monotonic() if self._pace_s else 0.0
+                    if self._engine.has_work() and early <= 0:
+                        break
+                    self._wake.wait(early if self._engine.has_work() else None)
                 if self._stopping:
                     return False
                 if not self._calls:

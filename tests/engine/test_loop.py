@@ -1,0 +1,52 @@
+"""The thread that owns an engine."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mell_ray.engine.loop import EngineLoop
+
+
+class Busy:
+    """An engine that always has work; a step yields how many there have been."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def has_work(self) -> bool:
+        return True
+
+    def step(self) -> int:
+        self.steps += 1
+        return self.steps
+
+
+def run(engine: Busy) -> tuple[EngineLoop, threading.Event]:
+    stepped = threading.Event()
+    loop = EngineLoop(engine, lambda _: stepped.set(), lambda: None)  # type: ignore[arg-type]
+    loop.start()
+    assert stepped.wait(60)
+    return loop, stepped
+
+
+def test_engine_steps_on_while_there_is_work() -> None:
+    engine = Busy()
+    loop, stepped = run(engine)
+    stepped.clear()
+    assert stepped.wait(60)
+    loop.stop()
+    steps = engine.steps
+    assert steps > 1
+    with pytest.raises(RuntimeError, match="stopped"):
+        loop.call(lambda _: None).result()
+
+
+def test_paced_engine_answers_between_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MELL_RAY_STEP_S", "3600")
+    engine = Busy()
+    loop, _ = run(engine)
+    assert [loop.call(lambda _: engine.steps).result(60) for _ in range(3)] == [1, 1, 1]
+    loop.stop()
+    assert engine.steps == 1
