@@ -9,10 +9,11 @@ time it replays the same window of the trace and counts replicas twice a second 
 ``GET /mell/v1/state``, whatever their state: starting, draining and stopping ones are paid for too.
 Counting starts with the first request and ends with the last answer.
 
-Serve aims at ``--target-ongoing`` requests a replica; by default 80 % of what the KV pool of a
-replica holds on average. Its delays (30 s up, 600 s down, looking back 30 s) are its defaults
-divided by the time compression, like the traffic; our idle grace is not, as it is there for the
-time that a replica takes to start. Replicas open in the time their processes take, in both.
+Serve aims at ``--target-ongoing`` requests a replica. It counts requests and knows nothing of
+their size, so the default is 80 % of as many as overflow the KV pool of a replica 1 % of the time
+only: more would cost its tail latency. Its delays (30 s up, 600 s down, looking back 30 s) are its
+defaults divided by the time compression, like the traffic; our idle grace is not, as it is there
+for the time that a replica takes to start. Replicas open in the time their processes take, in both.
 ``--pool-mib`` is small on purpose: it, not the machine's memory, decides how many requests a
 replica holds. ``--every N`` thins the traffic to what the machine can bear. ``--step-ms`` lets
 every step of an engine take at least that long, in both, as it would on a GPU with a large model:
@@ -28,6 +29,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -69,6 +71,7 @@ BUILDERS = {"ours": "mell_ray.serving:build_openai_app", "baseline": "serve_base
 #: Defaults of Serve's autoscaling, in seconds of the trace.
 UPSCALE_DELAY_S, DOWNSCALE_DELAY_S, LOOK_BACK_S, PUSH_S = 30.0, 600.0, 30.0, 10.0
 TARGET_SHARE = 0.8
+QUANTILE_99 = 2.33  # of the normal distribution, in standard deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,12 +308,20 @@ def simulated(jobs: list[Job], ours: dict[str, Any], args: argparse.Namespace) -
 
 
 def target_ongoing(jobs: list[Job], args: argparse.Namespace) -> float:
-    """Requests that a replica should have: as many as its pool holds on average, less a reserve.
-    A request holds its prompt, and half of its output while it decodes."""
-    seconds = sum(job.output_tokens for job in jobs)  # of decoding, in steps
-    held = sum(j.output_tokens * (j.prompt_tokens + j.output_tokens / 2) for j in jobs) / seconds
-    room = args.pool_mib * MIB / TOKEN_BYTES / (held + BLOCK_SIZE / 2)
-    return round(max(1.0, TARGET_SHARE * min(room, args.max_num_seqs)), 1)
+    """Requests that Serve should aim at per replica: ``TARGET_SHARE`` of as many as fit into its
+    pool 99 % of the time. A request holds its prompt and what it has decoded so far."""
+    steps = sum(job.output_tokens for job in jobs)
+    mean, square = 0.0, 0.0  # of what a running request holds, over time
+    for job in jobs:
+        prompt, output = job.prompt_tokens + BLOCK_SIZE / 2, job.output_tokens
+        mean += output / steps * (prompt + output / 2)
+        square += output / steps * (prompt**2 + prompt * output + output**2 / 3)
+    deviation = math.sqrt(max(0.0, square - mean**2))
+    pool = args.pool_mib * MIB / TOKEN_BYTES
+    # n requests need n x mean + QUANTILE_99 x deviation x sqrt(n).
+    spread = QUANTILE_99 * deviation
+    root = (math.sqrt(spread**2 + 4 * mean * pool) - spread) / (2 * mean)
+    return round(max(1.0, TARGET_SHARE * min(root**2, args.max_num_seqs)), 1)
 
 
 def parse_args() -> argparse.Namespace:

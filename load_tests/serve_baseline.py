@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from mell_ray.config import MellConfig
+from mell_ray.config import LLMConfig, MellConfig
 from mell_ray.engine import Engine
 from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import RequestState, StepOutput, TokenDelta
@@ -105,11 +105,15 @@ class Replica(ingress.Ingress):
         self._router = ServeState(serve.get_replica_context().app_name)  # type: ignore[assignment]
         self._page_data = PageData(self._router)
         loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(None, build_engine, llm, "cpu")
+        engine = await loop.run_in_executor(None, _engine, llm)
         model = await loop.run_in_executor(None, ingress._served_model, llm)
         self._default_model = model.model_id
         limit = config.mell.ingress.default_max_tokens
         self._service = Service([model], OwnEngine(engine), NoLimits(), limit)
+
+
+def _engine(llm: LLMConfig) -> Engine:
+    return build_engine(llm, "cpu", share_weights=True)  # as mell-ray on a CPU
 
 
 HttpReplica = serve.ingress(ingress.app)(Replica)
