@@ -20,19 +20,17 @@ from typing import Any, cast
 
 import numpy as np
 
+from mell_ray.bench.load import Load
 from mell_ray.bench.machine import machine, versions
 from mell_ray.bench.random_llama import write_random_llama
 from mell_ray.bench.rig import Rig, Watched
+from mell_ray.bench.transport import SIZES_MIB, measure_transport
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.errors import ServerError
-from mell_ray.migration.copying import BlockCopier, CopyLimits
-from mell_ray.migration.faults import Faults
-from mell_ray.migration.peers import PlainWay
-from mell_ray.migration.types import MigrationOrder, MigrationResult, Mode
+from mell_ray.migration.types import MigrationResult, Mode
 from mell_ray.scheduler.cost import CostConfig, CostModel
 from mell_ray.scheduler.events import MigrationDone
 from mell_ray.scheduler.state import Gpu
-from mell_ray.serving.migrator import RaySource, RayTarget
 
 VOCABULARY = 32000
 STALL_CONTEXTS = (256, 1024, 4096)
@@ -223,7 +221,7 @@ class _Bench:
 
     @contextlib.asynccontextmanager
     async def _load(self, replicas: tuple[int, ...], each: int = OTHERS) -> Any:
-        load = _Load(self._rig, self._prompt)
+        load = Load(self._rig, self._prompt)
         tasks = [
             asyncio.create_task(load.keep(self._rig.replicas[index]))
             for index in replicas
@@ -239,67 +237,15 @@ class _Bench:
     # --- the transport ----------------------------------------------------------------------
 
     async def transport(self) -> dict[str, Any]:
-        """Chunks of one frozen request from pool to pool, nothing else running, beside memcpy of
-        as many bytes in this process, both of memory in no cache."""
         self._on_phase("Ray objects beside memcpy")
-        source, target = self._rig.replicas
-        info = source.info
+        info = self._rig.replicas[0].info
         assert info is not None
-        sizes = [mib << 20 for mib in (16, 32, 64)]
-        blocks = max(sizes) // info.block_nbytes
+        blocks = (max(SIZES_MIB) << 20) // info.block_nbytes
         context = min(blocks * info.block_size, info.max_model_len - 64)
         watched = await self._running(context, 8)
-        order = MigrationOrder(
-            "bench-transport",
-            watched.track.request_id,
-            source.replica_id,
-            target.replica_id,
-            "kv",
-            "bench",
-        )
-        ends = RaySource(source.actor, Faults(None)), RayTarget(target.actor, Faults(None))
-        state = await ends[0].begin(order)
-        await ends[1].reserve(order, state)
-        await ends[0].freeze(order.migration_id, 0)[0]
-        found, reference = {}, _Memcpy()
-        for size in sizes:
-            count = min(size, state.num_computed // info.block_size * info.block_nbytes)
-            found[f"{size >> 20} MiB"] = await self._transfer(
-                order, ends, count // info.block_nbytes, info.block_nbytes, reference
-            )
-        await ends[1].settle(order.migration_id)
-        await ends[0].thaw(order.migration_id)
+        found = await measure_transport(self._rig, watched, self._options.transfers)
         await self._end(watched)
-        return {"ratio": min(size["ratio"] for size in found.values()), "by_size": found}
-
-    async def _transfer(
-        self,
-        order: MigrationOrder,
-        ends: tuple[RaySource, RayTarget],
-        blocks: int,
-        nbytes: int,
-        reference: _Memcpy,
-    ) -> dict[str, float]:
-        rates, memcpy = [], []
-        for turn in range(self._options.transfers + 2):
-            copier = BlockCopier(
-                order,
-                *ends,
-                PlainWay(),
-                CopyLimits(nbytes, max(1, self._rig.chunk_bytes // nbytes), 30.0),
-            )
-            started = time.perf_counter()
-            await copier.ascending(0, blocks)
-            took = time.perf_counter() - started
-            if turn >= 2:  # the first ones touch memory for the first time
-                rates.append(blocks * nbytes / took)
-                memcpy.append(reference.bytes_per_s(blocks * nbytes))
-        return {
-            "bytes": blocks * nbytes,
-            "bytes_per_s": median(rates),
-            "memcpy_bytes_per_s": median(memcpy),
-            "ratio": median(rates) / median(memcpy),
-        }
+        return found
 
     # --- the choice of a mode -----------------------------------------------------------------
 
@@ -371,67 +317,6 @@ class _Bench:
             )
         await self._end(watched)
         return {mode: min(seconds) for mode, seconds in took.items()}
-
-
-class _Load:
-    """A closed loop of short requests, beside which something is measured."""
-
-    def __init__(self, rig: Rig, prompt: Callable[[int], list[int]]) -> None:
-        self._rig = rig
-        self._prompt = prompt
-        self._tokens: list[tuple[float, int]] = []
-        self._first: list[tuple[float, float]] = []
-        self._running: list[Watched] = []
-        self.stop = False
-
-    async def keep(self, replica: Any) -> int:
-        """One request after the other. Returns how often one was emitted twice."""
-        violations = 0
-        while not self.stop:
-            watched = await self._rig.submit(replica, self._prompt(128), 64)
-            self._running.append(watched)
-            await watched.ended.wait()
-            self._running.remove(watched)
-            self._tokens += watched.token_s
-            self._first.append((watched.token_s[0][0], watched.ttft_s))
-            violations += watched.track.violations
-            self._rig.forget(watched)
-        return violations
-
-    def mark(self) -> float:
-        return time.monotonic()
-
-    def since(self, mark: float) -> tuple[int, list[float]]:
-        """Tokens delivered, and times to first token of requests that began to answer, since."""
-        delivered = [*self._tokens, *(item for w in self._running for item in w.token_s)]
-        tokens = sum(count for at, count in delivered if at >= mark)
-        begun = [(w.token_s[0][0], w.ttft_s) for w in self._running if w.token_s]
-        return tokens, [ttft for at, ttft in [*self._first, *begun] if at >= mark]
-
-
-class _Memcpy:
-    """One thread copying memory that is mapped but in no cache, as blocks of a pool are: each copy
-    takes the next part of two buffers much larger than the caches."""
-
-    BUFFER_BYTES = 512 << 20
-
-    def __init__(self) -> None:
-        self._source = np.ones(self.BUFFER_BYTES, np.uint8)
-        self._target = np.ones(self.BUFFER_BYTES, np.uint8)
-        self._at = 0
-
-    def bytes_per_s(self, nbytes: int) -> float:
-        """The best of three."""
-        best = float("inf")
-        for _ in range(3):
-            if self._at + nbytes > self.BUFFER_BYTES:
-                self._at = 0
-            part = slice(self._at, self._at + nbytes)
-            self._at += nbytes
-            started = time.perf_counter()
-            np.copyto(self._target[part], self._source[part])
-            best = min(best, time.perf_counter() - started)
-        return nbytes / best
 
 
 def _llm(model: Path, dtype: str) -> LLMConfig:
