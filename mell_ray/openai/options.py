@@ -46,8 +46,8 @@ class ResponseFormat(Body):
 
 
 class FunctionDefinition(Body):
-    """``strict`` makes no difference: the arguments of a call that must be made always follow
-    ``parameters``, those of a call that the model may make are the model's own."""
+    """The arguments of a call that must be made always follow ``parameters``; those of a call that
+    the model may make do so if ``strict``, and are the model's own else."""
 
     name: Annotated[str, BeforeValidator(identifier)]
     description: Annotated[str, BeforeValidator(_text)] | None = None

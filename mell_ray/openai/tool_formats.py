@@ -11,6 +11,7 @@ chat template:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ from llguidance import LLMatcher
 
 from mell_ray.openai.limits import MAX_TOOL_CALLS
 from mell_ray.openai.options import FunctionDefinition
-from mell_ray.openai.structured import JSON_OPTIONS
+from mell_ray.openai.structured import ANY_OBJECT, JSON_OPTIONS
 from mell_ray.openai.tokenizer import Tokenizer
 
 ToolFormatName = Literal["hermes", "llama3_json", "mistral"]
@@ -62,35 +63,78 @@ class ToolFormat:
             "%llguidance {}",
             "start: calls" + (" | answer" if answer is not None else ""),
             f"calls: {self._list(tokenizer, more)}",
-            "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
+            f"call: {self._call(tokenizer)}",
+            *_functions(functions, self.arguments),
         ]
-        for i, function in enumerate(functions):
-            rules += self._call(i, function, tokenizer)
         if answer is not None:
             rules.append(f"answer: {_json_rule(answer)}")
         return LLMatcher.grammar_from_lark("\n".join(rules))
 
+    def free_grammar(
+        self, functions: Sequence[FunctionDefinition], tokenizer: Tokenizer, *, parallel: bool
+    ) -> str:
+        """The grammar of any text that may hold calls: where one begins, it is a call to one of
+        these functions. A function that is not ``strict`` takes any object."""
+        loose = [
+            function if function.strict else function.model_copy(update={"parameters": ANY_OBJECT})
+            for function in functions
+        ]
+        rules = ["%llguidance {}", *_functions(loose, self.arguments)]
+        if not self.opening:
+            # The whole answer is a call or is none, which shows with its first character.
+            rules += ["start: object | TEXT?", r"TEXT: /\s*[^\s{](?s:.*)|\s+/"]
+            return LLMatcher.grammar_from_lark("\n".join(rules))
+        more = MAX_TOOL_CALLS - 1 if parallel else 0
+        opening = _terminal(self.opening, tokenizer)
+        if opening == json.dumps(self.opening):
+            any_text = "/(?s:.*)/"
+            marked = f"/(?s:.*){re.escape(self.opening)}(?s:.*)/"
+            rules += [f"before[suffix={opening}]: {any_text}", f"TEXT: /(?s:.+)/ & ~{marked}"]
+        else:
+            rules += [f"before: TEXT? {opening}", "TEXT: /(?s:.+)/"]
+        if self.head:
+            head, tail = json.dumps(self.head), json.dumps(self.tail)
+            rules.append(f"called: {head} object{self._repeated('object', more)} {tail}")
+            most = 1
+        else:
+            rules.append(f"called: {self._inside(tokenizer)}")
+            most = 1 + more
+        rules.append(f"start: (before called){{0,{most}}} TEXT?")
+        return LLMatcher.grammar_from_lark("\n".join(rules))
+
+    def _repeated(self, rule: str, more: int) -> str:
+        return f" ({json.dumps(self.separator)} {rule}){{0,{more}}}" if more else ""
+
     def _list(self, tokenizer: Tokenizer, more: int) -> str:
-        repeated = f" ({json.dumps(self.separator)} call){{0,{more}}}" if more else ""
+        repeated = self._repeated("call", more)
         if not self.head:
             return f"call{repeated}"
         opening = _terminal(self.opening, tokenizer)
         return f"{opening} {json.dumps(self.head)} call{repeated} {json.dumps(self.tail)}"
 
-    def _call(self, i: int, function: FunctionDefinition, tokenizer: Tokenizer) -> list[str]:
-        begin = f'{{"name": {json.dumps(function.name)}, "{self.arguments}": '
-        parts = [json.dumps(begin), f"arguments_{i}", json.dumps("}")]
-        if self.closing:
-            parts = [
-                _terminal(self.opening, tokenizer),
-                json.dumps("\n"),
-                *parts,
-                json.dumps("\n"),
-                _terminal(self.closing, tokenizer),
-            ]
+    def _call(self, tokenizer: Tokenizer) -> str:
+        if not self.closing:
+            return "object"
+        return f"{_terminal(self.opening, tokenizer)} {self._inside(tokenizer)}"
+
+    def _inside(self, tokenizer: Tokenizer) -> str:
+        """What follows the opening of a call that has a closing."""
+        line = json.dumps("\n")
+        return f"{line} object {line} {_terminal(self.closing, tokenizer)}"
+
+
+def _functions(functions: Sequence[FunctionDefinition], key: str) -> list[str]:
+    """The rules of ``object``, which names one of these and gives its arguments under ``key``."""
+    rules = ["object: " + " | ".join(f"object_{i}" for i in range(len(functions)))]
+    for i, function in enumerate(functions):
+        begin = f'{{"name": {json.dumps(function.name)}, "{key}": '
         parameters = NO_PARAMETERS if function.parameters is None else function.parameters
         schema = parameters if "type" in parameters else {"type": "object", **parameters}
-        return [f"call_{i}: {' '.join(parts)}", f"arguments_{i}: {_json_rule(schema)}"]
+        rules += [
+            f"object_{i}: {json.dumps(begin)} arguments_{i} {json.dumps('}')}",
+            f"arguments_{i}: {_json_rule(schema)}",
+        ]
+    return rules
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "\n", "", "", "arguments")

@@ -37,7 +37,8 @@ def plan_tools(
     """None if nothing may be called.
 
     A call that the request demands is made by grammar. Where the model is free to call, its text
-    is only read, unless a ``response_format`` demands that it be one thing or the other.
+    is only read, unless a ``response_format`` demands that it be one thing or the other, or a
+    function is ``strict``.
 
     :raises InvalidRequestError: the model has no form of calls, or the tools are too long.
     """
@@ -58,6 +59,14 @@ def plan_tools(
     grammar = None
     if demanded or answer is not None:
         grammar = form.grammar(callable_, tokenizer, parallel=parallel, answer=answer)
+    elif any(function.strict for function in functions):
+        if request.ignore_eos:
+            raise InvalidRequestError(
+                "'ignore_eos': cannot be combined with a strict function, whose call comes to an "
+                "end",
+                param="ignore_eos",
+            )
+        grammar = form.free_grammar(functions, tokenizer, parallel=parallel)
     only = len(callable_) == 1 and answer is None
     index = functions.index(callable_[0])
     return ToolPlan(

@@ -339,7 +339,7 @@ def test_the_chat_template_sees_tools_and_calls() -> None:
 
 
 def test_only_what_must_be_called_has_a_grammar() -> None:
-    (free,) = plan(builtin(), HERMES, tools=[WEATHER])
+    (free,) = plan(builtin(), HERMES, tools=[NOW])
     assert free.tools is not None
     assert free.sampling.grammar is None
     (none,) = plan(builtin(), HERMES, tools=[WEATHER], tool_choice="none")
@@ -414,6 +414,45 @@ def test_what_a_grammar_allows_is_a_call_that_the_parser_finds(name: str) -> Non
     (one,) = plan(tokenizer, form, tools=[WEATHER, NOW], tool_choice=named("now"))
     assert accepts(tokenizer, one.sampling.grammar, write("now", "{}"))
     assert not accepts(tokenizer, one.sampling.grammar, write("weather", bath))
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_a_strict_function_is_called_by_its_parameters_or_not_at_all(name: str) -> None:
+    make, form, write = FORMS[name]
+    tokenizer = make()
+    tokenizer.chat_template = "{{ tools }}x"
+    (free,) = plan(tokenizer, form, tools=[WEATHER, NOW])
+    bath = write("weather", '{"city": "Bath"}')
+    texts = ["", "Hello {there}", "two\n\nlines", "a < b, tool_call"]
+    # A function that is not strict takes what the model gives it.
+    calls = [bath, write("now", "{}"), write("now", '{"a": [1]}')]
+    if form.opening:
+        calls += ["Well: " + bath, bath + " and that is it"]
+    for good in texts + calls:
+        assert accepts(tokenizer, free.sampling.grammar, good), good
+    for good in calls:
+        assert len(read(form, [good.replace("now", "add")])[1]) == 1
+    for bad in (
+        write("weather", '{"city": "Rome"}'),
+        write("weather", "{}"),
+        write("then", "{}"),
+    ):
+        assert not accepts(tokenizer, free.sampling.grammar, bad), bad
+
+
+def test_strict_functions_are_called_as_often_as_is_wanted() -> None:
+    two = " and ".join([hermes("weather", '{"city": "York"}')] * 2)
+    (many,) = plan(builtin(), HERMES, tools=[WEATHER])
+    assert accepts(builtin(), many.sampling.grammar, two)
+    (single,) = plan(builtin(), HERMES, tools=[WEATHER], parallel_tool_calls=False)
+    assert not accepts(builtin(), single.sampling.grammar, two)
+
+
+def test_strict_and_endless_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequestError, match="strict") as caught:
+        plan(builtin(), HERMES, tools=[WEATHER], ignore_eos=True)
+    assert caught.value.param == "ignore_eos"
+    assert plan(builtin(), HERMES, tools=[NOW], ignore_eos=True)
 
 
 def test_several_calls_only_where_they_are_wanted() -> None:
