@@ -119,11 +119,13 @@ class Linear:
             return _multiply(x, self._half, self._half_bias, "none", [], "")
         return _multiply(x, self._packed, self._bias, "none", [], "")
 
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """``residual + self(x)``, of the residual's dtype and perhaps in its memory."""
-        if self._packed is not None and x.dtype == residual.dtype == self._dtype:
+    def plus(self, x: torch.Tensor, residual: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """``residual + factor * self(x)``, of the residual's dtype and perhaps in its memory."""
+        fits = factor == 1.0 and x.dtype == residual.dtype == self._dtype
+        if self._packed is not None and fits:
             return _multiply_add(x, residual, self._packed, self._bias, "add")
-        return residual.add_(self(x), alpha=self._shrunk if x.dtype == torch.float16 else 1.0)
+        shrunk = self._shrunk if x.dtype == torch.float16 else 1.0
+        return residual.add_(self(x), alpha=factor * shrunk)
 
 
 def largest_output(weight: torch.Tensor, bias: torch.Tensor | None, bound: Bound) -> float:

@@ -10,15 +10,25 @@ over the layers is kept in float32. Every other model runs as transformers wrote
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mell_kernels.linear import Bound, Linear, fits_half, largest_output
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-# Decoders made of exactly this block, by model_type; Qwen3 has norms on queries and keys besides.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Decoders made of this block, by model_type, with the activation they have been checked with.
+# None of these makes anything larger than it was, which the bounds here rely on.
+ACTIVATIONS = {
+    "llama": "silu",
+    "mistral": "silu",
+    "qwen2": "silu",
+    "qwen3": "silu",  # with norms on queries and keys besides
+    "phi3": "silu",  # with matrices joined already
+    "granite": "silu",  # with constant factors everywhere
+    "smollm3": "silu",  # with layers that are not rotated
+    "gemma": "gelu_pytorch_tanh",  # with norms around one
+}
 
 
 class _Norm:
@@ -26,8 +36,9 @@ class _Norm:
     torch's own, which on a CPU is made of eight."""
 
     def __init__(self, module: Any) -> None:
-        self.weight = module.weight.float()
-        self._eps = self.weight.new_tensor(float(module.variance_epsilon))
+        gemma = not hasattr(module, "variance_epsilon")
+        self.weight = module.weight.float() + 1.0 if gemma else module.weight.float()
+        self._eps = self.weight.new_tensor(module.eps if gemma else module.variance_epsilon)
         self._share = 1.0 / len(self.weight)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -76,26 +87,36 @@ class _Layer:
 
     def __init__(self, module: Any, index: int) -> None:
         attention, mlp = module.self_attn, module.mlp
+        config = attention.config
         self._index = index
         self._head_dim = attention.head_dim
         self._scale = attention.scaling
         self._window = _window(attention)
+        self._rotates = getattr(attention, "use_rope", True)
+        self._factor = float(getattr(module, "residual_multiplier", 1.0))
+        self._activation = silu if config.hidden_act == "silu" else mlp.act_fn
         self._norm_1 = _Norm(module.input_layernorm)
         self._norm_2 = _Norm(module.post_attention_layernorm)
         qk_norm = hasattr(attention, "q_norm")
         self._q_norm = _Norm(attention.q_norm) if qk_norm else None
         self._k_norm = _Norm(attention.k_norm) if qk_norm else None
-        self._heads = attention.q_proj.out_features // self._head_dim
-        self._kv_heads = attention.k_proj.out_features // self._head_dim
-        self._width = mlp.gate_proj.out_features
-        self._dtype = attention.q_proj.weight.dtype
-        attended, gated = _inner_bounds(self._norm_1, self._norm_2, attention, mlp)
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._width = mlp.down_proj.in_features
+        self._dtype = attention.o_proj.weight.dtype
         first, second = self._norm_1.bound(), self._norm_2.bound()
-        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, bound=first)
-        self._out = _joined(attention.o_proj, bound=attended, may_shrink=True)
+        qkv = _Matrix.of(attention, "qkv_proj", "q_proj", "k_proj", "v_proj")
+        gate_up = _Matrix.of(mlp, "gate_up_proj", "gate_proj", "up_proj")
+        # What attention gives lies between the values, element by element.
+        value = qkv.largest(first, (self._heads + self._kv_heads) * self._head_dim)
+        attended = Bound(value * attention.o_proj.in_features**0.5, value)
+        product = gate_up.largest(second, 0, self._width) * gate_up.largest(second, self._width)
         # What is gated is multiplied in the dtype of the gate.
-        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, bound=second if gated else None)
-        self._down = _joined(mlp.down_proj, bound=gated, may_shrink=True)
+        gated = Bound(product * self._width**0.5, product) if fits_half(product) else None
+        self._qkv = qkv.packed(first)
+        self._out = _Matrix.of(attention, "o_proj").packed(attended, may_shrink=True)
+        self._gate_up = gate_up.packed(second if gated else None)
+        self._down = _Matrix.of(mlp, "down_proj").packed(gated, may_shrink=True)
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Any
@@ -107,7 +128,9 @@ class _Layer:
             qkv = qkv.float().to(self._dtype)  # the direct way is several times slower
         qkv = qkv.view(rows, -1, self._head_dim)
         rotated = self._heads + self._kv_heads
-        if self._q_norm is None or self._k_norm is None:
+        if not self._rotates:
+            query, key = qkv[:, : self._heads], qkv[:, self._heads : rotated]
+        elif self._q_norm is None or self._k_norm is None:
             qk = _rotate(qkv[:, :rotated], cos, sin)
             query, key = qk[:, : self._heads], qk[:, self._heads :]
         else:
@@ -123,64 +146,66 @@ class _Layer:
             softcap=None,
             sinks=None,
         ).reshape(rows, -1)
-        x = self._out.plus(attended.to(self._out.input_dtype(rows)), x)
+        x = self._out.plus(attended.to(self._out.input_dtype(rows)), x, self._factor)
         both = self._gate_up(self._norm_2(x, self._gate_up.input_dtype(rows)))
-        gated = silu(both[:, : self._width]).mul_(both[:, self._width :])
-        return self._down.plus(gated.to(self._down.input_dtype(rows)), x)
-
-
-def _inner_bounds(
-    norm_1: _Norm, norm_2: _Norm, attention: Any, mlp: Any
-) -> tuple[Bound, Bound | None]:
-    """Of what attention gives, whose every element lies between those of the values; and of what
-    the MLP's second matrix is given, None if that may be too large for float16."""
-    value = largest_output(attention.v_proj.weight, attention.v_proj.bias, norm_1.bound())
-    attended = Bound(value * attention.o_proj.in_features**0.5, value)
-    gate, up = (
-        largest_output(linear.weight, linear.bias, norm_2.bound())
-        for linear in (mlp.gate_proj, mlp.up_proj)
-    )
-    product = gate * up
-    gated = Bound(product * mlp.down_proj.in_features**0.5, product)
-    return attended, gated if fits_half(product) else None
+        gated = self._activation(both[:, : self._width]).mul_(both[:, self._width :])
+        return self._down.plus(gated.to(self._down.input_dtype(rows)), x, self._factor)
 
 
 def _window(attention: Any) -> int | None:
-    """Mistral keeps it in the config alone, Qwen per layer, Llama has none."""
+    """Mistral and Phi-3 keep it in the config alone, Qwen per layer, Llama has none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
-    if attention.config.model_type == "mistral":
+    if attention.config.model_type in ("mistral", "phi3"):
         return attention.config.sliding_window
     return None
 
 
-def _joined(
-    *modules: torch.nn.Linear, bound: Bound | None = None, may_shrink: bool = False
-) -> Linear:
-    """One linear layer that computes all of ``modules``, whose own weights are given up: both kept
-    would be twice the memory."""
-    weight = torch.cat([module.weight for module in modules])
-    biases = [module.bias for module in modules]
-    bias = None if any(b is None for b in biases) else torch.cat(biases)  # type: ignore[arg-type]
-    linear = Linear(weight, bias, bound=bound, may_shrink=may_shrink)
-    for module in modules:
-        module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
-    return linear
+class _Matrix(NamedTuple):
+    """Linear layers that read the same input, as one. The modules' own weights are given up when
+    it is packed: both kept would be twice the memory."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    modules: list[torch.nn.Linear]
+
+    @classmethod
+    def of(cls, owner: Any, *names: str) -> _Matrix:
+        """Of those of ``names`` that ``owner`` has."""
+        modules = [getattr(owner, name) for name in names if hasattr(owner, name)]
+        biases = [module.bias for module in modules]
+        bias = None if any(b is None for b in biases) else torch.cat(biases)
+        return cls(torch.cat([module.weight for module in modules]), bias, modules)
+
+    def largest(self, bound: Bound, start: int, stop: int | None = None) -> float:
+        """What none of these outputs can exceed."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return largest_output(self.weight[start:stop], bias, bound)
+
+    def packed(self, bound: Bound | None, *, may_shrink: bool = False) -> Linear:
+        linear = Linear(self.weight, self.bias, bound=bound, may_shrink=may_shrink)
+        for module in self.modules:
+            module.weight = torch.nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        return linear
 
 
 class FusedDecoder:
     """Runs a whole model: ids to logits."""
 
     def __init__(self, model: Any) -> None:
-        decoder = model.model
+        decoder, config = model.model, model.config
         self._embedding = decoder.embed_tokens
+        self._factor = float(getattr(config, "embedding_multiplier", 1.0))
+        self._divisor = float(getattr(config, "logits_scaling", 1.0))
         self._rotary = _Rotary(decoder.rotary_emb, self._embedding.weight)
         self._layers = [_Layer(layer, i) for i, layer in enumerate(decoder.layers)]
         self._norm = _Norm(decoder.norm)
         head, bound = model.lm_head, self._norm.bound()
         tied = head.weight is self._embedding.weight
         self._head = (
-            Linear(head.weight, head.bias, bound=bound) if tied else _joined(head, bound=bound)
+            Linear(head.weight, head.bias, bound=bound)
+            if tied
+            else _Matrix.of(model, "lm_head").packed(bound)
         )
 
     def __call__(
@@ -193,12 +218,13 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``, in
         the dtype that they were computed in."""
-        x = embedding(input_ids, self._embedding.weight).float()
+        x = self._embedding(input_ids).float() * self._factor
         cos, sin = self._rotary.rows(position_ids, end)
         for layer in self._layers:
             x = layer(x, cos, sin, batch)
         last = x.index_select(0, logits_rows)
-        return self._head(self._norm(last, self._head.input_dtype(len(last))))
+        logits = self._head(self._norm(last, self._head.input_dtype(len(last))))
+        return logits if self._divisor == 1.0 else logits.float() / self._divisor
 
 
 def fuse(model: PreTrainedModel) -> FusedDecoder | None:
@@ -215,9 +241,15 @@ def _is_llama_block(model: PreTrainedModel) -> bool:
     """By class, not by what attributes look like: a subclass may compute something else."""
     name = model.config.model_type
     home = f"transformers.models.{name}.modeling_{name}"
-    if name not in MODEL_TYPES or type(model).__module__ != home:
+    if name not in ACTIVATIONS or type(model).__module__ != home:
         return False
-    if not type(model).__name__.endswith("ForCausalLM") or model.config.hidden_act != "silu":
+    if not type(model).__name__.endswith("ForCausalLM"):
+        return False
+    if model.config.hidden_act != ACTIVATIONS[name]:
+        return False
+    rope = model.config.rope_parameters or {}
+    # Tables reach beyond the length up to which longrope is fixed.
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("rope_type") == "longrope":
         return False
     linears = [m for n, m in model.named_modules() if n.endswith("_proj") or n == "lm_head"]
     return all(type(linear) is torch.nn.Linear for linear in linears)

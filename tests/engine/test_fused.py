@@ -33,6 +33,16 @@ CONFIGS: dict[str, Any] = {
         **TINY, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     "qwen3": lambda: hf.Qwen3Config(**WIDE),
+    "phi3": lambda: hf.Phi3Config(**TINY, sliding_window=8),
+    "granite": lambda: hf.GraniteConfig(
+        **TINY,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=5.0,
+    ),
+    "smollm3": lambda: hf.SmolLM3Config(**TINY, no_rope_layers=[1, 0]),
+    "gemma": lambda: hf.GemmaConfig(**WIDE),
 }
 
 
@@ -62,7 +72,14 @@ def test_what_is_not_exactly_that_block_is_left_alone() -> None:
     gelu = hf.LlamaConfig(**TINY, hidden_act="gelu")
     adapted = build(hf.LlamaConfig(**TINY))
     adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
-    others = [build(gelu), build(hf.Gemma2Config(**WIDE)), Louder(hf.LlamaConfig(**TINY)), adapted]
+    partly = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+    others = [
+        build(gelu),
+        build(hf.Gemma2Config(**WIDE)),
+        Louder(hf.LlamaConfig(**TINY)),
+        adapted,
+        build(hf.Phi3Config(**WIDE, rope_parameters=partly)),
+    ]
     for model in others:
         loaded = load_model(model, small_config())
         assert loaded.fused is None
