@@ -134,6 +134,30 @@ def migration(
         json_out.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@app.command()
+def serving(
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=1, help="Streams that run at once.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of the measurement.")] = 20.0,
+    haproxy: Annotated[bool, typer.Option(help="Ray Serve's HAProxy mode, as in `serve`.")] = True,
+) -> None:
+    """What a token and a first token cost besides the model, from HTTP to the engine.
+
+    Starts Ray, Serve and one replica on this machine; its engine is the real one without a model.
+    `cpu_us_per_token` sums proxy, ingress, Router, Migrator and replica without the engine's own
+    steps. Run it on an otherwise idle machine.
+    """
+    from mell_ray.bench.serving import ServingBenchOptions, measure
+
+    options = ServingBenchOptions(streams=streams, seconds=seconds, haproxy=haproxy)
+    result = measure(options, lambda phase: typer.echo(phase, err=True))
+    typer.echo(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=2))
+    if json_out is not None:
+        json_out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar on stderr, where that is a terminal."""

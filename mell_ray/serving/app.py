@@ -32,9 +32,14 @@ def build_openai_app(args: dict[str, Any] | MellConfig) -> Application:
     """
     config = MellConfig.parse(args)
     check_config(config)
+    return application(config)
+
+
+def application(config: MellConfig, router_class: type[Router] = Router) -> Application:
+    """The same, of a checked configuration and any kind of Router."""
     options = _control_options(config.mell.control_resource)
     router = serve.deployment(
-        Router,
+        router_class,
         name="Router",
         num_replicas=1,
         max_ongoing_requests=ROUTER_ONGOING_REQUESTS,

@@ -61,7 +61,7 @@ def serve(
         # A session of its own: Ctrl-C reaches only this process, which then stops Ray in order.
         child = subprocess.Popen(
             command,
-            env=_environment(settings, haproxy, scratch),
+            env=ray_environment(settings, haproxy, scratch),
             start_new_session=True,
             preexec_fn=_heed_interrupts,
         )
@@ -164,7 +164,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[str, str]:
+def ray_environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[str, str]:
     """Ray reads these when it starts; what the user has set stays."""
     wanted = {
         "RAY_AUTH_MODE": "disabled",

@@ -73,12 +73,10 @@ class GPUReplica:
     """See the module. Created by the fleet with ``ray.remote``."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        from mell_ray.serving.model_source import build_engine
-
         configure_logging(spec.log_level)
         born = time.monotonic()
         self._spec = spec
-        self._engine = build_engine(spec.llm, spec.device, share_weights=spec.share_weights)
+        self._engine = self._make_engine()
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
         self._source = MigrationSource(spec.migration.timeout_s)
         self._target = MigrationTarget(spec.migration.timeout_s)
@@ -102,6 +100,12 @@ class GPUReplica:
             self, spec.namespace, spec.lease_s, spec.migration.freeze_limit_s
         )
         self._housekeeping.start()
+
+    def _make_engine(self) -> Engine:
+        from mell_ray.serving.model_source import build_engine
+
+        spec = self._spec
+        return build_engine(spec.llm, spec.device, share_weights=spec.share_weights)
 
     # --- engine thread ---------------------------------------------------------------------
 
