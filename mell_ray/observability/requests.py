@@ -51,15 +51,17 @@ class RequestMeter:
         self,
         model: str,
         clock: RequestClock,
+        now: float,
         replica_id: str,
         generation: int,
         num_tokens: int,
         num_prompt_tokens: int,
     ) -> None:
-        """New tokens of one request, in the order in which its client gets them."""
+        """New tokens of one request, in the order in which its client gets them. ``now``:
+        ``time.monotonic``."""
         gathered = self._gathered[model]
         stalls = len(clock.stalls)
-        gap = clock.tokens(self._now(), replica_id, generation, num_tokens)
+        gap = clock.tokens(now, replica_id, generation, num_tokens)
         gathered.tokens += num_tokens
         if gap is None:
             assert clock.ttft_s is not None

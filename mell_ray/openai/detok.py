@@ -19,10 +19,11 @@ class Detokenizer:
     that is valid text; with a byte-level decoder, for any tokens at all.
     """
 
-    __slots__ = ("_decode", "_num_new", "_sent", "_skipped", "_window")
+    __slots__ = ("_alone", "_decode", "_num_new", "_sent", "_skipped", "_window")
 
     def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
         self._decode = vocabulary.decode
+        self._alone = vocabulary.alone
         self._skipped = skipped  # ids that never become text
         self._window: list[int] = []
         self._num_new = 0  # last tokens of the window, since a character was last complete
@@ -59,7 +60,7 @@ class Detokenizer:
             return
         keep = min(self._num_new, _OVERLAP) if too_long else self._num_new
         tail = self._window[-keep:]
-        decoded = self._decode(tail)
+        decoded = self._alone(tail[0]) if len(tail) == 1 else self._decode(tail)
         # A decoder strips the blank at the beginning of the text, so the window must not begin with
         # an id that is no text (padding of the vocabulary).
         if decoded or too_long:

@@ -34,7 +34,7 @@ class LogprobEntry:
     text_offset: int  # characters of the choice's text before the token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextPiece:
     """What one push released. Falsy if there is nothing to send to the client."""
 

@@ -62,6 +62,14 @@ class Vocabulary:
         self.special_ids = frozenset([*special, *tokenizer.all_special_ids])
         self._cache: dict[int, tuple[str, bytes]] = {}
         self.decode: Callable[[list[int]], str] = _decoder(tokenizer, backend)
+        self._alone: dict[int, str] = {}
+
+    def alone(self, token_id: int) -> str:
+        """``decode([token_id])``, remembered."""
+        text = self._alone.get(token_id)
+        if text is None:
+            text = self._alone[token_id] = self.decode([token_id])
+        return text
 
     def token(self, token_id: int) -> tuple[str, bytes]:
         """Text and bytes of one token on its own.

@@ -47,6 +47,7 @@ def application(config: MellConfig, router_class: type[Router] = Router) -> Appl
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=1,
         ray_actor_options=options,
+        logging_config={"enable_access_log": False},  # a line for each placement and each poll
         deployment_actors=[
             DeploymentActorConfig(
                 name=MIGRATOR,

@@ -24,8 +24,9 @@ from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, Overl
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.tracing import TRACEPARENT, make_tracer
 from mell_ray.openai.errors import error_body, error_headers
-from mell_ray.openai.response import model_list, sse_error
+from mell_ray.openai.response import model_list
 from mell_ray.openai.tool_formats import find_format
+from mell_ray.serving.event_stream import EventStream
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.guard import Guard, GuardMiddleware
 from mell_ray.serving.logs import configure_logging
@@ -266,11 +267,7 @@ class Ingress:
         except BaseException:
             await chunks.aclose()
             raise
-        return StreamingResponse(
-            _guarded(first, chunks),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        return EventStream(first, chunks)
 
     async def _whole(self, prepared: Prepared) -> Response:
         """The answer in one piece. Serve cancels this call when the client goes away, but behind
@@ -351,20 +348,6 @@ def _refuse_unknown(body: dict[str, Any], known: set[str]) -> None:
     for name in body:
         if name not in known:
             raise InvalidRequestError(f"'{name}': unknown field; remove it", param=name)
-
-
-async def _guarded(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    """After the headers an error can only be told inside the stream."""
-    async with aclosing(chunks):
-        try:
-            yield first
-            async for chunk in chunks:
-                yield chunk
-        except MellError as error:
-            yield sse_error(error)
-        except Exception as error:
-            logger.error("stream failed", exc_info=error)
-            yield sse_error(error)
 
 
 async def _decoded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[dict[str, Any], None]:

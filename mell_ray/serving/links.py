@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from mell_ray.serving.token_socket import read_items
 from mell_ray.serving.wire import StreamItem
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,7 @@ class ReplicaLinks:
             link = Link(actor, asyncio.get_running_loop().create_future())
             self._links[replica_id] = link
             link.reader = self.spawn(self._read(replica_id, link))
-        try:
-            await asyncio.shield(link.opened)
-        except RayError:
-            raise ReplicaGone(replica_id) from None
+        await asyncio.shield(link.opened)
         return link.actor
 
     def cancel(self, replica_id: str, request_ids: list[str]) -> None:
@@ -90,32 +88,52 @@ class ReplicaLinks:
 
     async def _read(self, replica_id: str, link: Link) -> None:
         try:
-            stream = link.actor.open_stream.options(num_returns="streaming").remote(
-                self._ingress_id
-            )
-            async for reference in stream:
-                item = await reference
-                if not link.opened.done():
-                    link.opened.set_result(None)
-                if item.deltas or item.notices:
-                    self._on_item(replica_id, item)
+            async with contextlib.aclosing(self._items(replica_id, link)) as items:
+                async for item in items:
+                    if not link.opened.done():
+                        link.opened.set_result(None)
+                    if item.deltas or item.notices:
+                        self._on_item(replica_id, item)
         except RayError as error:
             logger.info("stream of %s ended: %s", replica_id, type(error).__name__)
-            if not link.opened.done():
-                link.opened.set_exception(error)
-                link.opened.exception()  # retrieved, also where nobody waits
         finally:
             if not link.opened.done():
-                link.opened.cancel()
+                link.opened.set_exception(ReplicaGone(replica_id))
+                link.opened.exception()  # retrieved, also where nobody waits
             if self._links.get(replica_id) is link:
                 del self._links[replica_id]
             self._on_lost(replica_id)
+
+    async def _items(self, replica_id: str, link: Link) -> AsyncGenerator[StreamItem, None]:
+        """What the replica tells, over a socket if it can be reached so, else through Ray."""
+        address = await link.actor.open_socket.remote()
+        if address is not None:
+            try:
+                async with contextlib.aclosing(read_items(address, self._ingress_id)) as items:
+                    async for item in items:
+                        yield item
+                return
+            except OSError as error:  # TimeoutError is one
+                logger.warning("%s is read through Ray, not by socket: %s", replica_id, error)
+        stream = link.actor.open_stream.options(num_returns="streaming").remote(self._ingress_id)
+        async for reference in stream:
+            yield await reference
 
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(KEEPALIVE_S)
             for link in list(self._links.values()):
-                self.spawn(_ignore_death(link.actor.keepalive.remote(self._ingress_id)))
+                self.spawn(self._show_life(link))
+
+    async def _show_life(self, link: Link) -> None:
+        """Also how the death of a whole node is found out, which closes no socket."""
+        try:
+            await link.actor.keepalive.remote(self._ingress_id)
+        except ActorDiedError:
+            if link.reader is not None:
+                link.reader.cancel()
+        except RayActorError as error:
+            logger.info("a replica did not answer: %s", error)
 
 
 async def _ignore_death(call: Any) -> None:

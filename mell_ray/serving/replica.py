@@ -12,7 +12,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -41,6 +42,7 @@ from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
 from mell_ray.serving.versions import weights_hash
+from mell_ray.serving.token_socket import Address, TokenServer
 from mell_ray.serving.wire import (
     Evicted,
     Migrating,
@@ -86,6 +88,7 @@ class GPUReplica:
         self.faults = Faults.from_environment()
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
+        self._sockets = TokenServer(self._items)
         self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
         self._incarnation = 0
         self._retired = False
@@ -153,8 +156,19 @@ class GPUReplica:
 
     # --- data path -------------------------------------------------------------------------
 
+    async def open_socket(self) -> Address | None:
+        """Where an ingress finds its token stream; None: ``open_stream`` is the only way."""
+        return await self._sockets.address(ray.util.get_node_ip_address())
+
     async def open_stream(self, ingress_id: str) -> AsyncIterator[StreamItem]:
-        """Everything the ingress must be told, one item per engine step, a heartbeat in between."""
+        """The ingress's token stream through Ray."""
+        async with aclosing(self._items(ingress_id)) as items:
+            async for item in items:
+                yield item
+
+    async def _items(self, ingress_id: str) -> AsyncGenerator[StreamItem, None]:
+        """Everything the ingress must be told, one item per engine step, a heartbeat in between.
+        A newer stream ends an older one."""
         outbox = self._outbox(ingress_id)
         outbox.streams += 1
         mine = outbox.streams

@@ -25,6 +25,7 @@ from mell_ray.observability.requests import FLUSH_S, RequestMeter
 from mell_ray.observability.spans import ChoiceSpan
 from mell_ray.observability.tracing import Tracer
 from mell_ray.serving.links import ReplicaGone, ReplicaLinks
+from mell_ray.serving.mailbox import Mailbox
 from mell_ray.serving.prefix import prompt_prefix
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
@@ -50,7 +51,7 @@ class Live:
     job: Job
     span: ChoiceSpan
     track: Track
-    events: asyncio.Queue[Accepted | Lost]
+    events: Mailbox[Accepted | Lost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,13 @@ class Runner:
             job.model_id,
             len(job.prompt_token_ids),
         )
-        live = Live(job, span, track, asyncio.Queue())
+        live = Live(job, span, track, Mailbox())
         outcome = "cancelled"
         self._live[job.request_id] = live
         try:
             await self._start(live, lost=None)
             failures = 0
-            while not track.finished or not live.events.empty():
+            while not track.finished or len(live.events):
                 event = await live.events.get()
                 if isinstance(event, Accepted):
                     failures = 0
@@ -216,6 +217,7 @@ class Runner:
 
     def _on_item(self, replica_id: str, item: StreamItem) -> None:
         strays: list[str] = []
+        now = time.monotonic()
         for delta in item.deltas:
             live = self._live.get(delta[0])
             if live is None:
@@ -225,12 +227,9 @@ class Runner:
             before = live.track.violations
             accepted = live.track.accept(replica_id, delta)
             if accepted is not None:
+                live.events.put(accepted)
                 if accepted.token_ids:
-                    self._delivered(live, replica_id, delta[1], len(accepted.token_ids))
-                live.events.put_nowait(accepted)
-                stall = live.track.came(time.monotonic()) if accepted.token_ids else None
-                if stall is not None:
-                    self._links.spawn(self._router.call("handed_over", [stall]))
+                    self._delivered(live, now, replica_id, delta[1], len(accepted.token_ids))
             elif delta[5] is None and live.track.is_ahead(delta):
                 strays.append(delta[0])
             if live.track.violations > before:
@@ -243,23 +242,29 @@ class Runner:
         for notice in item.notices:
             self._on_notice(replica_id, notice)
 
-    def _delivered(self, live: Live, replica_id: str, generation: int, num_tokens: int) -> None:
+    def _delivered(
+        self, live: Live, now: float, replica_id: str, generation: int, num_tokens: int
+    ) -> None:
         job = live.job
         self._meter.delivered(
             job.model_id,
             job.clock,
+            now,
             replica_id,
             generation,
             num_tokens,
             len(job.prompt_token_ids),
         )
+        stall = live.track.came(now)
+        if stall is not None:
+            self._links.spawn(self._router.call("handed_over", [stall]))
 
     def _on_notice(self, replica_id: str, notice: Migrating | Moved | Evicted) -> None:
         live = self._live.get(notice.request_id)
         if live is None:
             return
         if isinstance(notice, Evicted):
-            live.events.put_nowait(Lost(replica_id, died=False))
+            live.events.put(Lost(replica_id, died=False))
             return
         if isinstance(notice, Moved):
             live.track.follow(replica_id, notice.dst)
@@ -269,12 +274,12 @@ class Runner:
         try:
             await self._links.ensure(replica_id)
         except ReplicaGone:
-            live.events.put_nowait(Lost(replica_id, died=True))
+            live.events.put(Lost(replica_id, died=True))
 
     def _on_lost(self, replica_id: str) -> None:
         for live in self._live.values():
             if live.track.replica_id == replica_id:
-                live.events.put_nowait(Lost(replica_id, died=True))
+                live.events.put(Lost(replica_id, died=True))
 
 
 def check_fits(job: Job, limits: tuple[int, int] | None) -> None:

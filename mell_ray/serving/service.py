@@ -75,7 +75,7 @@ class ServedModel:
     tool_format: ToolFormat | None = None  # None: it cannot call tools
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChoiceEvent:
     """What one choice has to add; ``reason`` with its last event."""
 
@@ -281,20 +281,21 @@ class Service:
             tail = chunker.usage(prepared.prompt_tokens, completion_tokens) + tail
         yield tail
 
-    async def events(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
+    def events(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
         """Events of all choices as they come; closing it drops what still runs."""
+        several = len(prepared.jobs) > 1
+        events = self._merged(prepared) if several else self._choice(prepared, 0)
+        return events if prepared.span is None else self._traced(prepared, events)
+
+    async def _traced(
+        self, prepared: Prepared, events: AsyncGenerator[ChoiceEvent, None]
+    ) -> AsyncGenerator[ChoiceEvent, None]:
         try:
-            if len(prepared.jobs) == 1:
-                async with aclosing(self._choice(prepared, 0)) as events:
-                    async for event in events:
-                        yield event
-                return
-            async with aclosing(self._merged(prepared)) as events:
+            async with aclosing(events):
                 async for event in events:
                     yield event
         finally:
-            if prepared.span is not None:
-                prepared.span.end()
+            prepared.span.end()
 
     async def _merged(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
         """Events of several choices that run at once."""

@@ -6,6 +6,7 @@ tuples, because pickling a tuple costs a fraction of pickling a dataclass.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +58,24 @@ class StreamItem:
     notices: list[Migrating | Moved | Evicted] = field(default_factory=list)
 
 
+_NOTICES = {kind.__name__: kind for kind in (Migrating, Moved, Evicted)}
+
+
+def encode_item(item: StreamItem) -> bytes:
+    """One line of JSON."""
+    notices = [
+        (type(notice).__name__, *(getattr(notice, name) for name in notice.__slots__))
+        for notice in item.notices
+    ]
+    return json.dumps((item.deltas, notices), separators=(",", ":")).encode() + b"\n"
+
+
+def decode_item(line: bytes) -> StreamItem:
+    """What ``encode_item`` made; deltas are lists instead of tuples, of the same order."""
+    deltas, notices = json.loads(line)
+    return StreamItem(deltas, [_NOTICES[kind](*fields) for kind, *fields in notices])
+
+
 def encode_delta(delta: TokenDelta) -> WireDelta:
     logprobs = [(item.logprob, item.top) for item in delta.logprobs or ()]
     return (
@@ -71,7 +90,9 @@ def encode_delta(delta: TokenDelta) -> WireDelta:
 
 
 def decode_logprobs(logprobs: list[Any] | None) -> list[TokenLogprobs] | None:
-    return logprobs and [TokenLogprobs(logprob, top) for logprob, top in logprobs]
+    return logprobs and [
+        TokenLogprobs(logprob, tuple(map(tuple, top))) for logprob, top in logprobs
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,10 @@ def test_one_request_gives_queue_ttft_tpot_and_tokens() -> None:
     meter.placed("m", clock)
     meter.placed("m", clock)  # a retry is no second end of queueing
     now.now += 1.0
-    meter.delivered("m", clock, "gpu-a", 1, 1, 7)
+    meter.delivered("m", clock, now(), "gpu-a", 1, 1, 7)
     for _ in range(4):
         now.now += 0.25
-        meter.delivered("m", clock, "gpu-a", 1, 1, 7)
+        meter.delivered("m", clock, now(), "gpu-a", 1, 1, 7)
     meter.finished("m", clock, "length")
     meter.flush()
     assert recorder.values("mell_queue_time_seconds", model="m") == [0.5]
@@ -90,10 +90,10 @@ def test_nothing_is_recorded_for_a_token_by_itself() -> None:
     meter, recorder, now, pulses = request_meter()
     clock = RequestClock(accepted=now())
     meter.placed("m", clock)
-    meter.delivered("m", clock, "gpu-a", 1, 1, 1)
+    meter.delivered("m", clock, now(), "gpu-a", 1, 1, 1)
     for _ in range(5000):
         now.now += 0.01
-        meter.delivered("m", clock, "gpu-a", 1, 1, 1)
+        meter.delivered("m", clock, now(), "gpu-a", 1, 1, 1)
     assert not recorder.values("mell_inter_token_latency_seconds", model="m")
     meter.flush()
     gaps = recorder.values("mell_inter_token_latency_seconds", model="m")
@@ -108,7 +108,7 @@ def test_pulse_is_bounded() -> None:
     for _ in range(10 * MAX_SAMPLES):
         clock = RequestClock(accepted=now())
         meter.placed("m", clock)
-        meter.delivered("m", clock, "gpu-a", 1, 1, 1)
+        meter.delivered("m", clock, now(), "gpu-a", 1, 1, 1)
     meter.flush()
     assert len(pulses[0].ttft_s) == MAX_SAMPLES
     assert pulses[0].tokens == 10 * MAX_SAMPLES
@@ -121,10 +121,10 @@ def test_change_of_owner_is_a_stall_and_a_loss_makes_it_a_recovery() -> None:
     steps = [("a", 1, 0.1), ("a", 1, 0.1), ("b", 2, 0.4), ("b", 2, 0.1)]
     for replica, generation, gap in steps:
         now.now += gap
-        meter.delivered("m", clock, replica, generation, 1, 3)
+        meter.delivered("m", clock, now(), replica, generation, 1, 3)
     meter.lost("m", clock, died=True)
     now.now += 2.0
-    meter.delivered("m", clock, "c", 3, 1, 3)
+    meter.delivered("m", clock, now(), "c", 3, 1, 3)
     meter.flush()
     assert (clock.migrations, clock.recoveries) == (1, 1)
     assert [stall.kind for stall in clock.stalls] == ["migration", "recovery"]
