@@ -252,7 +252,8 @@ class KeySource(_Strict):
 
     files: list[str] = Field(
         default_factory=list,
-        description="Files that hold one key a line ('#' begins a comment), or directories of "
+        description="Files that hold one key a line, with ' weight=NUMBER' behind it if it "
+        "shares by weight ('#' begins a comment), or directories of "
         "such files, like a mounted secret. Read again when they change.",
     )
     env: list[str] = Field(
@@ -273,6 +274,11 @@ class AuthConfig(_Strict):
         default=KeySource(),
         description="Keys that open the operator API (/mell/v1) too, which clients' keys then "
         "do not.",
+    )
+    fair_share: bool = Field(
+        default=False,
+        description="Waiting requests are placed by fair shares among API keys rather than in "
+        "turn; a line 'KEY weight=2' gives a key twice the share of one without.",
     )
 
 
@@ -330,9 +336,11 @@ class MellSettings(_Strict):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _limit_needs_keys(self) -> MellSettings:
+    def _need_keys(self) -> MellSettings:
         if self.ingress.max_concurrent_per_key is not None and not self.auth.clients.given:
             raise ValueError("ingress.max_concurrent_per_key needs keys in auth.clients")
+        if self.auth.fair_share and not self.auth.clients.given:
+            raise ValueError("auth.fair_share needs keys in auth.clients")
         return self
 
 

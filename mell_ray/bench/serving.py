@@ -18,12 +18,11 @@ from statistics import median
 from typing import Any
 
 from mell_ray.bench.machine import machine, versions
-from mell_ray.bench.processes import OTHERS, cpu_seconds, difference
+from mell_ray.bench.processes import APP, SERVING, cpu_seconds, difference
 from mell_ray.bench.sse_client import stream
 from mell_ray.bench.summary import percentiles_ms
 
 MODEL = "mell-tiny"
-APP = "mell"
 PROMPT = "It is a truth universally acknowledged, that a single man in possession of"
 WARM_UP_S = 3.0
 OBJECT_STORE_BYTES = 200 << 20
@@ -143,12 +142,12 @@ class _Bench:
         spent.pop("tokens")
         spent["replica"] -= engine
         by_role = {role: 1e6 * seconds / tokens for role, seconds in spent.items()}
-        others = by_role.pop(OTHERS)
+        serving = {role: by_role.pop(role) for role in SERVING if role in by_role}
         return {
-            "cpu_us_per_token": sum(by_role.values()),
-            "cpu_us_per_token_by_process": by_role,
+            "cpu_us_per_token": sum(serving.values()),
+            "cpu_us_per_token_by_process": serving,
             "engine_us_per_token": 1e6 * engine / tokens,
-            "ray_background_us_per_token": others,
+            "ray_background_us_per_token": sum(by_role.values()),
             "tokens_per_s": tokens / elapsed,
             "tokens_per_event": tokens / max(1, events),
         }

@@ -28,6 +28,8 @@ class Arrive:
     priority: int = 0
     prefix: tuple[bytes, ...] = ()  # chained block hashes of its prompt, first block first
     exclude: tuple[str, ...] = ()  # GPUs that must not get it (one that just failed it)
+    tenant: str | None = None  # who shares fairly with others; None: places come in turn
+    weight: float = 1.0  # of the tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mell_ray.scheduler.config import SchedulerConfig
 from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import Decision, Migrate, MigrationMode, Place
+from mell_ray.scheduler.fairness import FairShares
 from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import WaitingLine
 from mell_ray.scheduler.state import Gpu, Pool, Request
@@ -24,12 +25,14 @@ class Executor:
         config: SchedulerConfig,
         cost: CostModel,
         prefixes: PrefixIndex[Gpu],
+        shares: FairShares,
     ) -> None:
         self._pool = pool
         self._line = line
         self._config = config
         self._cost = cost
         self._prefixes = prefixes
+        self._shares = shares
         self.in_flight: dict[Request, None] = {}
 
     def flush(self, out: list[Decision]) -> None:
@@ -78,6 +81,8 @@ class Executor:
 
     def _place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
         request.gpu = gpu
+        request.served = True
+        self._shares.placed(request.tag)
         gpu.residents[request] = None
         gpu.held += request.need
         gpu.touch()

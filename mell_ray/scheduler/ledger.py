@@ -8,6 +8,7 @@ from mell_ray.scheduler.config import ModelLimits, SchedulerConfig
 from mell_ray.scheduler.cost import CostModel
 from mell_ray.scheduler.events import Decision, Preempt
 from mell_ray.scheduler.execution import Executor
+from mell_ray.scheduler.fairness import FairShares
 from mell_ray.scheduler.fleet import Fleet
 from mell_ray.scheduler.forecast import Forecast
 from mell_ray.scheduler.policies import Context, Policy
@@ -38,9 +39,12 @@ class Ledger:
         self.cost = CostModel(config.cost, config.tokens_per_unit, config.migration_mode)
         self.pool = Pool(model, limits, known)
         self.line = WaitingLine()
+        self.shares = FairShares()
         self.prefixes: PrefixIndex[Gpu] = PrefixIndex(config.units_per_prefix_block)
         self.fleet = Fleet(self.pool, config, self._forget)
-        self.executor = Executor(self.pool, self.line, config, self.cost, self.prefixes)
+        self.executor = Executor(
+            self.pool, self.line, config, self.cost, self.prefixes, self.shares
+        )
         self._priorities: dict[int, int] = {}  # priority: requests that have it
         self._pending: dict[Request, int] = {}  # planned, not started: ticks so far
         self._last_plan: float | None = None
@@ -62,6 +66,8 @@ class Ledger:
     # --- requests --------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
+        if request.tenant is not None:
+            request.tag = self.shares.arrived(request.tenant, request.weight, request.max_size)
         self.pool.requests[request.id] = request
         self._priorities[request.priority] = self._priorities.get(request.priority, 0) + 1
 
@@ -74,6 +80,9 @@ class Ledger:
 
     def remove(self, request: Request) -> None:
         """The request is over, wherever it was."""
+        if request.tenant is not None:
+            unused = request.max_size - (request.size if request.served else 0)
+            self.shares.ended(request.tenant, request.weight, unused)
         self.line.remove(request)
         self.executor.evict(request)
         self._ended = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -151,6 +151,10 @@ class Scheduler:
         """Requests that wait for a place."""
         return sum(len(ledger.line) for ledger in self._ledgers.values())
 
+    def last_in_line(self, model: str) -> Iterator[str]:
+        """Waiting requests of a model that have no place in sight, last in line first."""
+        return (request.id for request in self._ledgers[model].line.from_the_end())
+
     def starting(self) -> int:
         """GPUs asked for that have not come yet."""
         return sum(len(ledger.fleet.starting) for ledger in self._ledgers.values())
@@ -208,6 +212,8 @@ class Scheduler:
     def _register(self, event: Arrive | Adopt, ledger: Ledger) -> Request:
         request = Request(event.request, ledger.pool, self._order, event.priority)
         self._order += 1
+        if isinstance(event, Arrive):
+            request.tenant, request.weight = event.tenant, event.weight
         request.max_size = max(event.size, event.max_size)
         request.resize(event.size, self.config.growth_per_tick)
         self._requests[request.id] = request

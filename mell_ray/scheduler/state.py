@@ -38,9 +38,13 @@ class Request:
         "prefix",
         "priority",
         "reason",
+        "served",
         "since",
         "size",
+        "tag",
+        "tenant",
         "wanted_mode",
+        "weight",
     )
 
     def __init__(self, id: str, pool: Pool, order: int, priority: int = 0) -> None:
@@ -57,6 +61,10 @@ class Request:
         self.gpu: Gpu | None = None  # runs there; None: it waits
         self.dst: Gpu | None = None  # migration in flight to it
         self.plan: Gpu | None = None
+        self.tenant: str | None = None  # among whom places are shared; None: not shared
+        self.weight = 1.0  # of the tenant
+        self.served = False  # it has had a place
+        self.tag = 0.0  # its turn among the tenants' requests
         self.reason = ""  # of the planned move
         self.wanted_mode: str | None = None  # operator's choice for the planned move
         self.since = 0.0  # when it began to wait

@@ -6,6 +6,7 @@ else sees it. Python callers of the deployment handle are inside the cluster and
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,12 @@ from mell_ray.errors import (
 )
 from mell_ray.openai.errors import error_body, error_headers
 from mell_ray.serving.keys import KeyRing
+from mell_ray.serving.wire import Share
 
 OPEN_PATHS = frozenset({"/health", "/mell"})  # /mell is a page without data
 OPERATOR_PREFIX = "/mell/v1/"
+SHARE = "mell.share"  # of the ASGI scope: the caller's Share, or None
+_FORGET = 0.1
 HOW = "send 'Authorization: Bearer KEY'"
 
 
@@ -37,11 +41,14 @@ class Guard:
         self._clients = KeyRing(auth.clients, "mell.auth.clients")
         self._operators = KeyRing(auth.operators, "mell.auth.operators")
         self._limits = limits
+        self._fair = auth.fair_share
         self._running: Counter[str] = Counter()
+        self._usual_s = 1.0  # how long a request with a key has taken lately, a moving mean
 
     @contextmanager
-    def admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """Holds the caller's slot while the request runs.
+    def admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> Iterator[Share | None]:
+        """Holds the caller's slot while the request runs; gives the caller's share of the fleet,
+        where it is shared.
 
         Raises:
             AuthenticationError: no key, or not a good one for this path.
@@ -52,21 +59,31 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit():
             self.check_size(int(length))
+        share = self.share(key_id)
         most = self._limits.max_concurrent_per_key
         if key_id is None or most is None or method != "POST" or not path.startswith("/v1/"):
-            yield
+            yield share
             return
         if self._running[key_id] >= most:
             raise RateLimitError(
-                f"{most} requests with this API key are running; wait until one has ended"
+                f"{most} requests with this API key are running; wait until one has ended",
+                retry_after_s=max(1, min(60, round(self._usual_s / most))),
             )
         self._running[key_id] += 1
+        started = time.monotonic()
         try:
-            yield
+            yield share
         finally:
+            self._usual_s += (time.monotonic() - started - self._usual_s) * _FORGET
             self._running[key_id] -= 1
             if not self._running[key_id]:
                 del self._running[key_id]
+
+    def share(self, key_id: str | None = None) -> Share | None:
+        """What a caller has of the fleet, where it is shared; None: of those without a key."""
+        if not self._fair:
+            return None
+        return Share() if key_id is None else Share(key_id, self._clients.weight(key_id))
 
     def check_size(self, num_bytes: int) -> None:
         most = self._limits.max_body_bytes
@@ -105,7 +122,8 @@ class GuardMiddleware:
         guard: Guard = serve.get_replica_context().servable_object.guard
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
-            with guard.admit(scope["method"], path, dict(scope["headers"])):
+            with guard.admit(scope["method"], path, dict(scope["headers"])) as share:
+                scope[SHARE] = share
                 await self._app(scope, _counted(receive, guard), send)
         except (AuthenticationError, RequestTooLargeError, RateLimitError) as error:
             await _answer(error)(scope, receive, send)

@@ -24,11 +24,12 @@ from mell_ray.errors import InvalidRequestError, MellError, NotFoundError, Overl
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.tracing import TRACEPARENT, make_tracer
 from mell_ray.openai.errors import error_body, error_headers
+from mell_ray.openai.limits import MAX_INT32
 from mell_ray.openai.response import model_list
 from mell_ray.openai.tool_formats import find_format
 from mell_ray.serving.event_stream import EventStream
 from mell_ray.serving.fleet import replica_namespace
-from mell_ray.serving.guard import Guard, GuardMiddleware
+from mell_ray.serving.guard import SHARE, Guard, GuardMiddleware
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
 from mell_ray.serving.openapi import Api, fields, generation, route
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,10}")
 PATIENCE_S = 1.0
 BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
@@ -227,7 +229,7 @@ class Ingress:
         "finish_reason"}], "usage"}``; streamed: ``{"index", "text", "token_ids",
         "finish_reason"}`` per step. ``fields`` as in ``/v1/completions``."""
         body = {"model": self._default_model, "prompt": prompt, **fields}
-        prepared = await self._service.prepare(body, chat=False)
+        prepared = await self._service.prepare(body, chat=False, share=self.guard.share())
         if prepared.request.stream:
             return self._service.generate(prepared)
         return await self._service.generate_all(prepared)
@@ -240,7 +242,7 @@ class Ingress:
         self, body: dict[str, Any] | None, fields: dict[str, Any], *, chat: bool
     ) -> Any:
         merged = {"model": self._default_model, **(body or {}), **fields}
-        prepared = await self._service.prepare(merged, chat=chat)
+        prepared = await self._service.prepare(merged, chat=chat, share=self.guard.share())
         if prepared.request.stream:
             return _decoded(self._service.stream(prepared))
         return await self._service.respond(prepared)
@@ -254,6 +256,8 @@ class Ingress:
             request_id=_request_id(request),
             wants_trace=_wants_trace(request),
             traceparent=request.headers.get(TRACEPARENT, ""),
+            priority=_priority(request),
+            share=request.scope.get(SHARE),
         )
         if prepared.request.stream:
             return await self._sse(prepared)
@@ -317,6 +321,19 @@ def _wants_trace(request: Request) -> bool:
     if value not in ("0", "1"):
         raise InvalidRequestError("'x-mell-trace': must be 0 or 1", param="x-mell-trace")
     return value == "1"
+
+
+def _priority(request: Request) -> int | None:
+    """The header's priority, in place of the body's."""
+    value = request.headers.get("x-mell-priority")
+    if value is None:
+        return None
+    if not _INTEGER.fullmatch(value) or abs(int(value)) > MAX_INT32:
+        raise InvalidRequestError(
+            f"'x-mell-priority': must be a whole number from -{MAX_INT32} to {MAX_INT32}",
+            param="x-mell-priority",
+        )
+    return int(value)
 
 
 async def _json_body(request: Request) -> Any:

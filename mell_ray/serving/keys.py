@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from mell_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 5.0
+_WEIGHT = re.compile(r"weight=([0-9]{1,9}(?:\.[0-9]{1,9})?)")
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -43,6 +45,7 @@ class KeyRing:
         self._environment = environment
         self._clock = clock
         self._checked_s = clock()
+        self._weights: dict[str, float] = {}
         self._stamp = self._stat()
         self._digests = self._load()
 
@@ -59,7 +62,11 @@ class KeyRing:
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(known, digest)
-        return digest.hex()[:12] if found else None
+        return _id(digest) if found else None
+
+    def weight(self, key_id: str) -> float:
+        """Of the key with this id, 1 unless its line says otherwise."""
+        return self._weights.get(key_id, 1.0)
 
     def _refresh(self) -> None:
         now = self._clock()
@@ -82,13 +89,14 @@ class KeyRing:
         return tuple(stamps)
 
     def _load(self) -> tuple[bytes, ...]:
-        digests = []
+        weights: dict[bytes, float] = {}
         for name in self._source.env:
             text = self._environment.get(name, "")
-            digests += self._digests_of(text.replace(",", "\n"), f"environment variable {name}")
+            weights |= self._weights_in(text.replace(",", "\n"), f"environment variable {name}")
         for path in self._paths():
-            digests += self._digests_of(self._read(path), str(path))
-        return tuple(digests)
+            weights |= self._weights_in(self._read(path), str(path))
+        self._weights = {_id(digest): weight for digest, weight in weights.items()}
+        return tuple(weights)
 
     def _read(self, path: Path) -> str:
         try:
@@ -97,17 +105,23 @@ class KeyRing:
             reason = type(error).__name__
             raise ConfigError(f"{self._where}: {path} cannot be read ({reason})") from None
 
-    def _digests_of(self, text: str, origin: str) -> list[bytes]:
+    def _weights_in(self, text: str, origin: str) -> dict[bytes, float]:
+        """Digest of each key, and its weight."""
         lines = [line.strip() for line in text.splitlines()]
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
+        entries = [line for line in lines if line and not line.startswith("#")]
+        if not entries:
             raise ConfigError(f"{self._where}: {origin} holds no key; write one a line")
-        for key in keys:
-            if not key.isascii() or not key.isprintable() or " " in key:
+        weights = {}
+        for entry in entries:
+            key, _, rest = entry.partition(" ")
+            weight = _weight(rest)
+            if not key.isascii() or not key.isprintable() or weight is None:
                 raise ConfigError(
-                    f"{self._where}: {origin}: a key may hold printable ASCII without blanks only"
+                    f"{self._where}: {origin}: a key may hold printable ASCII without blanks only; "
+                    "behind it may stand ' weight=NUMBER', more than 0"
                 )
-        return [hashlib.sha256(key.encode()).digest() for key in keys]
+            weights[hashlib.sha256(key.encode()).digest()] = weight
+        return weights
 
     def _paths(self) -> Iterator[Path]:
         for name in self._source.files:
@@ -122,3 +136,16 @@ class KeyRing:
                 yield path
             else:
                 raise ConfigError(f"{self._where}: there is no file {name!r}")
+
+
+def _id(digest: bytes) -> str:
+    return digest.hex()[:12]
+
+
+def _weight(text: str) -> float | None:
+    """What stands behind a key; None: something else than a weight."""
+    if not text:
+        return 1.0
+    match = _WEIGHT.fullmatch(text)
+    weight = float(match[1]) if match else 0.0
+    return weight if weight > 0 else None

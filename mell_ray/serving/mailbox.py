@@ -29,6 +29,14 @@ class Mailbox(Generic[T]):
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
+    def first(self) -> T:
+        """The oldest item, which stays. There must be one."""
+        return self._items[0]
+
+    def pop(self) -> T:
+        """The oldest item. There must be one."""
+        return self._items.popleft()
+
     async def get(self) -> T:
         """The oldest item, once there is one. Only one reader at a time."""
         while not self._items:

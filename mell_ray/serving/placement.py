@@ -10,6 +10,7 @@ from mell_ray.errors import ConflictError, MellError, OverloadedError
 from mell_ray.scheduler.events import Arrive
 from mell_ray.serving.books import Entry
 from mell_ray.serving.core import Core
+from mell_ray.serving.turnover import Turnover
 from mell_ray.serving.wire import Lease, PlaceRequest
 
 
@@ -24,6 +25,7 @@ class Placement:
         self._core = core
         self._look_into = look_into
         self._waiting: dict[str, asyncio.Future[Lease]] = {}
+        self._turnover = {model: Turnover() for model in core.llms}
 
     def waiting(self) -> Iterable[str]:
         """Ids of requests that somebody waits for."""
@@ -67,6 +69,7 @@ class Placement:
         entry.generation += 1
         book = self._core.books[entry.model_id]
         book.move(entry, replica_id, time.monotonic(), held=False)
+        self._turnover[entry.model_id].left(time.monotonic())
         future = self._waiting.pop(request_id, None)
         if future is not None and not future.done():
             future.set_result(_lease(entry))
@@ -109,16 +112,28 @@ class Placement:
                 max_size=max_blocks,
                 priority=request.priority,
                 prefix=request.prefix,
+                tenant=request.share.tenant if request.share is not None else None,
+                weight=request.share.weight if request.share is not None else 1.0,
             )
         )
-        limit = self._core.settings.max_queued_requests
-        recovered = request.generation > 0  # has produced tokens: never turned away
-        if not future.done() and not recovered and self._core.scheduler.queue_length() > limit:
-            self.refuse(
-                request.request_id,
-                OverloadedError(f"{limit} requests are waiting for room already", retry_after_s=1),
-            )
+        if not future.done():
+            self._shed(request.model_id)
         return await self._wait(request.request_id, future)
+
+    def _shed(self, model_id: str) -> None:
+        """Turn the last in line away if too many wait. What has produced tokens is never turned
+        away."""
+        scheduler, limit = self._core.scheduler, self._core.settings.max_queued_requests
+        waiting = scheduler.queue_length()
+        if waiting <= limit:
+            return
+        for request_id in scheduler.last_in_line(model_id):
+            entry = self._core.entry(request_id)
+            if entry is not None and entry.generation == 0:
+                wait_s = self._turnover[model_id].wait_s(waiting - 1, time.monotonic())
+                message = f"{limit} requests are waiting for room already"
+                self.refuse(request_id, OverloadedError(message, retry_after_s=wait_s))
+                return
 
     def _future(self, request_id: str) -> asyncio.Future[Lease]:
         future = self._waiting.get(request_id)

@@ -30,7 +30,15 @@ from mell_ray.serving.prefix import prompt_prefix
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.track import Accepted, Track
-from mell_ray.serving.wire import Evicted, Lease, Migrating, Moved, PlaceRequest, StreamItem
+from mell_ray.serving.wire import (
+    Evicted,
+    Lease,
+    Migrating,
+    Moved,
+    PlaceRequest,
+    Share,
+    StreamItem,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +73,7 @@ class Job:
     priority: int = 0
     clock: RequestClock = field(default_factory=RequestClock)
     traceparent: str = ""  # of the span that it belongs to; "": not traced
+    share: Share | None = None  # whose it is, where places are shared fairly
 
 
 class Runner:
@@ -114,6 +123,7 @@ class Runner:
             while not track.finished or len(live.events):
                 event = await live.events.get()
                 if isinstance(event, Accepted):
+                    event = _with_what_waits(event, live.events)
                     failures = 0
                     outcome = event.finish_reason or outcome
                     if event.error is not None:
@@ -158,6 +168,7 @@ class Runner:
                     lost_replica=lost,
                     traceparent=live.span.traceparent,
                     prefix=prefix,
+                    share=job.share,
                 )
             )
             track.take_over(lease.replica_id, lease.generation)
@@ -280,6 +291,17 @@ class Runner:
         for live in self._live.values():
             if live.track.replica_id == replica_id:
                 live.events.put(Lost(replica_id, died=True))
+
+
+def _with_what_waits(first: Accepted, events: Mailbox[Accepted | Lost]) -> Accepted:
+    """What a client that lags behind gets at once: fewer, larger writes let it catch up."""
+    while len(events):
+        more = events.first()
+        if isinstance(more, Lost):
+            break
+        events.pop()
+        first = first.joined(more)
+    return first
 
 
 def check_fits(job: Job, limits: tuple[int, int] | None) -> None:

@@ -48,6 +48,7 @@ from mell_ray.openai.tool_calls import CallDelta, ToolCallParser
 from mell_ray.openai.tool_formats import ToolFormat
 from mell_ray.serving.runner import Job
 from mell_ray.serving.track import Accepted
+from mell_ray.serving.wire import Share
 
 LONG_PROMPT_CHARACTERS = 10_000
 
@@ -152,9 +153,12 @@ class Service:
         request_id: str | None = None,
         wants_trace: bool = False,
         traceparent: str = "",
+        priority: int | None = None,
+        share: Share | None = None,
     ) -> Prepared:
         """Validate a request body and tokenise it. Without ``request_id`` it gets a new one.
-        ``traceparent``: the client's own trace, if it has one.
+        ``traceparent``: the client's own trace, if it has one. ``priority``: in place of the
+        body's. ``share``: see ``Job``.
 
         Raises:
             InvalidRequestError: names the field.
@@ -180,8 +184,9 @@ class Service:
                 model_id=model.model_id,
                 prompt_token_ids=generation.prompt_token_ids,
                 sampling=generation.sampling,
-                priority=request.priority,
+                priority=request.priority if priority is None else priority,
                 traceparent=above,
+                share=share,
             )
             for i, generation in enumerate(generations)
         ]

@@ -36,6 +36,14 @@ class Accepted:
     finish_reason: FinishReason | None
     error: str | None
 
+    def joined(self, later: Accepted) -> Accepted:
+        """This and what comes right behind it."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = [*(self.logprobs or ()), *(later.logprobs or ())]
+        tokens = [*self.token_ids, *later.token_ids]
+        return Accepted(tokens, logprobs, later.finish_reason, later.error)
+
 
 @dataclass(frozen=True, slots=True)
 class Stall:

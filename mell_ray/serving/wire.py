@@ -168,6 +168,15 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Whose request it is, where waiting requests are placed by fair shares, and the weight of
+    the share."""
+
+    tenant: str = ""  # "": all who call without a key
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceRequest:
     """What the Router must know to place a request. Lengths in tokens."""
 
@@ -182,3 +191,4 @@ class PlaceRequest:
     lost_replica: str | None = None  # the owner that failed, when this is a recovery
     traceparent: str = ""  # W3C context of the request's span; "": not traced
     prefix: tuple[bytes, ...] = ()  # chained hashes of its first full blocks, for placement
+    share: Share | None = None  # None: places are not shared

@@ -74,6 +74,10 @@ def test_no_source_no_keys() -> None:
         ("# only a comment\n", "holds no key"),
         ("two words", "without blanks"),
         ("schlüssel", "ASCII"),
+        ("words weight=0", "weight=NUMBER"),
+        ("words weight=-1", "weight=NUMBER"),
+        ("words weight=nan", "weight=NUMBER"),
+        ("words weight=1 weight=2", "weight=NUMBER"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_it(
@@ -105,9 +109,35 @@ def test_missing_keys_are_told_before_anything_starts(tmp_path: Path) -> None:
         check_config(config)
 
 
-def test_a_limit_per_key_needs_keys() -> None:
+def test_weights_stand_behind_their_keys_and_change_with_the_file(tmp_path: Path) -> None:
+    path, clock = tmp_path / "keys", Clock()
+    path.write_text("one weight=2.5\ntwo\n")
+    keys = ring(KeySource(files=[str(path)]), clock)
+    one, two = keys.find(b"one"), keys.find(b"two")
+    assert one is not None
+    assert two is not None
+    assert (keys.weight(one), keys.weight(two)) == (2.5, 1.0)
+    replace(path, "one weight=7\n")
+    clock.now = REFRESH_S
+    assert keys.find(b"one") == one
+    assert keys.weight(one) == 7.0
+
+
+def test_callers_have_shares_where_these_are_on(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("client-key weight=4\nother-key\n")
+    headers = {b"authorization": b"Bearer " + CLIENT}
+    for fair, weight in ((False, None), (True, 4.0)):
+        auth = AuthConfig(clients=KeySource(files=[str(path)]), fair_share=fair)
+        with Guard(auth, IngressConfig()).admit("POST", "/v1/completions", headers) as share:
+            assert (share and share.weight) == weight
+
+
+@pytest.mark.parametrize(
+    "mell", [{"ingress": {"max_concurrent_per_key": 2}}, {"auth": {"fair_share": True}}]
+)
+def test_what_is_done_per_key_needs_keys(mell: dict) -> None:
     llm = {"model_loading_config": {"model_id": "m", "model_source": "builtin"}}
-    mell = {"ingress": {"max_concurrent_per_key": 2}}
     with pytest.raises(ConfigError, match=r"needs keys in auth\.clients"):
         MellConfig.parse({"llm_configs": [llm], "mell": mell})
 
