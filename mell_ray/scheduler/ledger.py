@@ -11,6 +11,7 @@ from mell_ray.scheduler.execution import Executor
 from mell_ray.scheduler.fairness import FairShares
 from mell_ray.scheduler.fleet import Fleet
 from mell_ray.scheduler.forecast import Forecast
+from mell_ray.scheduler.latency import spread
 from mell_ray.scheduler.policies import Context, Policy
 from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.scheduler.queue import OVERTAKE_LIMIT, WaitingLine
@@ -321,6 +322,10 @@ class Ledger:
         self.fleet.foreseen = self._foresee(now)
         self.fleet.renew_promises(self._unplaced(), now, out)
         self.fit(now, out)
+        if self.config.migration_enabled and now >= self._quiet_until:
+            stuck = spread(self.pool)
+            if stuck:
+                self.fleet.want(stuck, now, out, "latency")
         for gpu in self.pool.draining:
             self._evacuate(gpu, now, out)
         self._plan(now)

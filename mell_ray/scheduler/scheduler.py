@@ -192,15 +192,11 @@ class Scheduler:
             self._out.append(Reject(event.request, f"no model {event.model!r} is served"))
             return
         capacity = ledger.pool.capacity
-        largest = event.max_size if event.max_size > event.size else event.size
-        if 0 < capacity < largest:
-            self._out.append(
-                Reject(
-                    event.request,
-                    f"the request may grow to {largest} units of KV "
-                    f"cache, the largest GPU of {event.model!r} holds {capacity}",
-                )
-            )
+        most = event.max_size if event.max_size > event.size else event.size
+        if 0 < capacity < most:
+            held = f"the largest GPU of {event.model!r} holds {capacity}"
+            reason = f"the request may grow to {most} units of KV cache, {held}"
+            self._out.append(Reject(event.request, reason))
             return
         request = self._register(event, ledger)
         request.prefix = event.prefix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from mell_ray.scheduler import CostConfig
@@ -60,6 +62,54 @@ def test_slow_gpu_is_full_before_its_memory_is() -> None:
     world.arrive("b", 10)
     world.arrive("c", 10)
     assert world.where == {"a": "g0", "b": "g0", "c": "g1"}
+
+
+def learn(world: World, gpu: str) -> None:
+    """Each sequence makes a step of this GPU 10 ms longer."""
+    for i in range(64):
+        sequences = 1 + i % 5
+        world.send(StepTime(gpu, sequences, i % 90, 0.01 + 0.01 * sequences))
+
+
+@pytest.mark.parametrize("policy", ["tide", "best-fit", "worst-fit"])
+def test_gpu_over_its_target_gives_requests_away_until_it_is_not(policy: str) -> None:
+    world = make_world(policy, tpot_limit_s=0.035, max_gpus=3, idle_grace_s=1e9)
+    for name in "abcde":  # packed before anything is known of the step time
+        world.arrive(name, 10)
+    if policy != "worst-fit":
+        assert set(world.where.values()) == {"g0"}
+    for _ in range(8):
+        for gpu in list(world.capacity):
+            learn(world, gpu)
+        world.tick()
+    assert max(Counter(world.where.values()).values()) <= 2
+    assert len(world.where) == 5
+    if policy != "worst-fit":
+        assert "balance" in {d.reason for d in world.log if isinstance(d, Migrate)}
+    before = world.moved
+    for _ in range(20):
+        world.tick()
+    assert world.moved == before, "requests go back and forth"
+    world.check()
+
+
+def test_gpu_a_little_over_its_target_is_left_alone() -> None:
+    world = make_world(tpot_limit_s=0.0395, max_gpus=2)
+    for name in "abc":
+        world.arrive(name, 10)
+    learn(world, "g0")
+    for _ in range(5):
+        world.tick()
+    assert set(world.where.values()) == {"g0"}
+
+
+def test_slow_gpu_keeps_its_requests_where_none_may_move() -> None:
+    world = make_world(tpot_limit_s=0.035, max_gpus=2, migration_enabled=False)
+    for name in "abcde":
+        world.arrive(name, 10)
+    learn(world, "g0")
+    world.tick()
+    assert set(world.where.values()) == {"g0"}
 
 
 def test_gpu_takes_no_more_requests_than_it_may() -> None:
