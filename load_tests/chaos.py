@@ -148,7 +148,6 @@ class Chaos:
                     self._wrong(prompt, length, f"another text: {text!r}")
 
     async def _broken(self, prompt: str, length: int, error: BrokenError) -> None:
-        """The kill that broke it may be noted a moment later than the break is seen."""
         if time.monotonic() - self._ingress_killed < INGRESS_GRACE_S:
             self.outcomes["ended_with_their_ingress"] += 1
         else:

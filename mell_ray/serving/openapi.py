@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from mell_ray.openai.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from mell_ray.openai.limits import MAX_INT32, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from mell_ray.openai.protocol import ChatCompletionRequest, CompletionRequest
 
 Schema = dict[str, Any]
@@ -30,6 +30,20 @@ COMMON = (401, 413, 500, 503)  # 413: whatever the route, a body is measured
 _TEXT: Schema = {"type": "string"}
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _STOP_STRING: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_HEADERS: list[Schema] = [
+    {
+        "name": "x-mell-priority",
+        "in": "header",
+        "description": "In place of the body's `priority`.",
+        "schema": {"type": "integer", "minimum": -MAX_INT32, "maximum": MAX_INT32},
+    },
+    {
+        "name": "x-mell-trace",
+        "in": "header",
+        "description": "1: the answer tells in `mell_trace` where its time went.",
+        "schema": {"enum": ["0", "1"]},
+    },
+]
 # What validators take in more than one form.
 _FORMS: dict[str, Schema] = {
     "content": {
@@ -127,7 +141,9 @@ def generation(kind: str) -> dict[str, Any]:
         },
         "x-streams": True,
     }
-    return route(400, 404, 409, 429, answer=answer, body=_ref(kind), body_required=True)
+    made = route(400, 404, 409, 429, answer=answer, body=_ref(kind), body_required=True)
+    made["openapi_extra"]["parameters"] = _HEADERS
+    return made
 
 
 def fields(**properties: Schema) -> Schema:

@@ -12,25 +12,13 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 from starlette.testclient import TestClient
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving.ingress import app as asgi
+from tests.conformance import exercise, narrowed
 from tests.unit.serving.inprocess_api import WithRequestId, make_api
 
-CHECKS = [
-    not_a_server_error,
-    status_code_conformance,
-    content_type_conformance,
-    response_schema_conformance,
-]
 EXAMPLES = 12
 OPERATIONS = sorted(
     (method.upper(), path)
@@ -59,42 +47,16 @@ def client(api: WithRequestId) -> TestClient:
 
 @pytest.fixture(scope="module")
 def document(client: TestClient) -> dict[str, Any]:
-    """The server's own document, with what its authors cannot know: the model that is served."""
     document = client.get("/openapi.json").raise_for_status().json()
     assert document["paths"].keys() == asgi.openapi()["paths"].keys()
-    for name in ("ChatCompletionRequest", "CompletionRequest"):
-        properties = document["components"]["schemas"][name]["properties"]
-        properties["model"] = {"enum": [MODEL_ID]}
-        # Few and short choices: this is no load test.
-        properties["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 3}
-        properties.pop("max_completion_tokens", None)
-        properties["n"] = {"type": "integer", "minimum": 1, "maximum": 2}
-    return document
+    return narrowed(document, MODEL_ID)
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_operation(api: WithRequestId, document: dict[str, Any], method: str, path: str) -> None:
     schema = schemathesis.openapi.from_dict(document)
     schema.app = api
-    operation = schema[path][method]
-    statuses: list[int] = []
-
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(case=operation.as_strategy())
-    def send(case: Any) -> None:
-        response = case.call(app=api, timeout=120)
-        statuses.append(response.status_code)
-        case.validate_response(response, checks=CHECKS)
-
-    send()
-    assert statuses
+    assert exercise(schema[path][method], lambda case: case.call(app=api, timeout=120), EXAMPLES)
 
 
 def test_right_bodies_are_answered(client: TestClient, document: dict[str, Any]) -> None:
