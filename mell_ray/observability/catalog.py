@@ -100,6 +100,15 @@ METRICS = (
         SECONDS,
     ),
     Metric(
+        "mell_migration_phase_seconds",
+        "histogram",
+        "Parts of a committed migration: reserve (room at the target, agreement of both ends), "
+        "copy (live), hand-over (freeze to commit).",
+        "router",
+        ("mode", "phase"),
+        SECONDS,
+    ),
+    Metric(
         "mell_migration_stages",
         "histogram",
         "Live copy rounds of a committed migration before its freeze.",

@@ -251,6 +251,18 @@ ROWS = (
                 _quantiles("mell_migration_seconds", _CLUSTER),
             ),
             Panel(
+                "Phases",
+                "Where a migration's time goes, 90th percentile of each part.",
+                "s",
+                (
+                    Query(
+                        "histogram_quantile(0.9, "
+                        f"{_rate('mell_migration_phase_seconds_bucket', 'le, phase', _CLUSTER)})",
+                        "{{phase}}",
+                    ),
+                ),
+            ),
+            Panel(
                 "KV moved",
                 "Bytes per second, and the median size of one migration.",
                 "bytes",

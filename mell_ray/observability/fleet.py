@@ -78,5 +78,9 @@ class FleetMeter:
             return
         record.observe("mell_migration_stall_seconds", result.freeze_s, mode=order.mode)
         record.observe("mell_migration_seconds", result.seconds, mode=order.mode)
+        reserve_s = max(0.0, result.seconds - result.copy_s - result.freeze_s)
+        phases = {"reserve": reserve_s, "copy": result.copy_s, "hand-over": result.freeze_s}
+        for phase, seconds in phases.items():
+            record.observe("mell_migration_phase_seconds", seconds, mode=order.mode, phase=phase)
         record.observe("mell_migration_stages", result.stages, mode=order.mode)
         record.observe("mell_migration_size_bytes", result.bytes, mode=order.mode)

@@ -195,13 +195,18 @@ def test_migrations_are_counted_by_outcome_and_timed_if_committed() -> None:
     recorder = MemoryRecorder()
     meter = FleetMeter(recorder, ["m"])
     order = MigrationOrder("id", "r", "a", "b", "kv", "consolidate")
-    done = MigrationResult(order, "committed", "", 3, 4096, 10, 0, 2, 0.2, 0.004, 1.0)
+    done = MigrationResult(
+        order, "committed", stages=3, bytes=4096, seconds=0.25, freeze_s=0.0625, copy_s=0.125
+    )
     meter.migrated(done)
     meter.migrated(MigrationResult(order, "aborted", "no room", 1, 100))
     labels = {"mode": "kv", "reason": "consolidate"}
     assert recorder.counter("mell_migrations_total", outcome="committed", **labels) == 1
     assert recorder.counter("mell_migrations_total", outcome="aborted", **labels) == 1
     assert recorder.counter("mell_migration_bytes_total", mode="kv") == 4196
-    assert recorder.values("mell_migration_stall_seconds", mode="kv") == [0.004]
+    assert recorder.values("mell_migration_stall_seconds", mode="kv") == [0.0625]
+    for phase, seconds in (("reserve", 0.0625), ("copy", 0.125), ("hand-over", 0.0625)):
+        told = recorder.values("mell_migration_phase_seconds", mode="kv", phase=phase)
+        assert told == [seconds]
     assert recorder.values("mell_migration_stages", mode="kv") == [3]
     assert recorder.values("mell_migration_size_bytes", mode="kv") == [4096]
