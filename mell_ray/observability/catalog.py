@@ -198,7 +198,7 @@ METRICS = (
         "mell_inter_token_latency_seconds",
         "histogram",
         "Gaps between deliveries of one request; where there are many, an even sample of at most "
-        "256 a second and ingress.",
+        "64 a second and ingress.",
         "ingress",
         buckets=TOKEN_SECONDS,
     ),

@@ -10,7 +10,7 @@ from mell_ray.observability.pulse import MAX_SAMPLES, Pulse, thinned
 from mell_ray.observability.recorder import Recorder
 
 FLUSH_S = 1.0
-MAX_GAPS_PER_FLUSH = 256
+MAX_GAPS_PER_FLUSH = 64
 
 
 class _Gathered:
