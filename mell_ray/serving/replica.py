@@ -41,8 +41,8 @@ from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
-from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.token_socket import Address, TokenServer
+from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.wire import (
     Evicted,
     Migrating,
