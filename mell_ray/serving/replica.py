@@ -38,10 +38,11 @@ from mell_ray.observability.replica import ReplicaMeter
 from mell_ray.observability.spans import EngineSpans
 from mell_ray.observability.tracing import make_tracer
 from mell_ray.serving.housekeeping import Housekeeping
+from mell_ray.serving.listener import Address
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
-from mell_ray.serving.token_socket import Address, TokenServer
+from mell_ray.serving.token_socket import token_listener
 from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.wire import (
     Evicted,
@@ -88,7 +89,7 @@ class GPUReplica:
         self.faults = Faults.from_environment()
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
-        self._sockets = TokenServer(self._items)
+        self._listener = token_listener(self._items)
         self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
         self._incarnation = 0
         self._retired = False
@@ -158,7 +159,7 @@ class GPUReplica:
 
     async def open_socket(self) -> Address | None:
         """Where an ingress finds its token stream; None: ``open_stream`` is the only way."""
-        return await self._sockets.address(ray.util.get_node_ip_address())
+        return await self._listener.address(ray.util.get_node_ip_address())
 
     async def open_stream(self, ingress_id: str) -> AsyncIterator[StreamItem]:
         """The ingress's token stream through Ray."""

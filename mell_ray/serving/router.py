@@ -10,6 +10,7 @@ import asyncio
 import time
 from typing import Any
 
+import ray
 from ray import serve
 
 from mell_ray.config import MellConfig
@@ -31,10 +32,12 @@ from mell_ray.scheduler.events import (
 )
 from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import Replica
+from mell_ray.serving.listener import Address
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.moves import Moves
 from mell_ray.serving.nodes import Nodes
 from mell_ray.serving.observer import Observer
+from mell_ray.serving.place_socket import place_listener
 from mell_ray.serving.placement import Placement
 from mell_ray.serving.snapshot import state_snapshot
 from mell_ray.serving.track import Stall
@@ -52,6 +55,7 @@ class Router:
         self._moves = Moves(core)
         self._violations = 0
         self._placement = Placement(core, self._look_into)
+        self._listener = place_listener(self._placement.place)
         self._watch = Watch(core, self._placement.refuse_model)
         core.carry_out = self._carry_out
         self._observer = Observer(core, RayRecorder("router"), self._placement.waiting)
@@ -109,6 +113,10 @@ class Router:
     async def place(self, request: PlaceRequest) -> Lease:
         """See ``Placement.place``."""
         return await self._placement.place(request)
+
+    async def place_socket(self) -> Address | None:
+        """Where an ingress may ask for places without Serve; None: nowhere."""
+        return await self._listener.address(ray.util.get_node_ip_address())
 
     async def forget(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

@@ -12,6 +12,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from mell_ray.errors import OverloadedError
+from mell_ray.serving.place_socket import PlaceLine
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.wire import Lease, PlaceRequest
 
@@ -26,9 +27,12 @@ class RouterClient:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._line = PlaceLine(lambda: self.call("place_socket"))
 
     async def place(self, request: PlaceRequest) -> Lease:
-        return await self.call("place", request)
+        """By socket where there is one, else through Serve; asking twice does no harm."""
+        lease = await self._line.place(request)
+        return lease if lease is not None else await self.call("place", request)
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call, and call again when the Router died meanwhile: every method may be repeated."""

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from mell_ray.engine.types import TokenDelta, TokenLogprobs
+from mell_ray.serving.listener import Address
 from mell_ray.serving.mailbox import Mailbox
-from mell_ray.serving.token_socket import Address, TokenServer, read_items
+from mell_ray.serving.token_socket import read_items, token_listener
 from mell_ray.serving.wire import (
     Evicted,
     Migrating,
@@ -59,7 +60,7 @@ class Source:
 
 
 async def opened(source: Source) -> Address:
-    address = await TokenServer(source.items).address("127.0.0.1")
+    address = await token_listener(source.items).address("127.0.0.1")
     assert address is not None
     return address
 
@@ -100,7 +101,7 @@ async def test_a_reader_that_leaves_ends_the_stream() -> None:
 
 async def test_encrypted_clusters_keep_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USE_TLS", "1")
-    assert await TokenServer(Source(1).items).address("127.0.0.1") is None
+    assert await token_listener(Source(1).items).address("127.0.0.1") is None
 
 
 async def test_mailbox_keeps_order_and_wakes_its_reader() -> None:
