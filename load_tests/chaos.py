@@ -235,12 +235,9 @@ class Chaos:
         """What is still anywhere a minute after the last client, and broken rules."""
         deadline = time.monotonic() + 60
         while True:
-            try:
-                state = (await self._client.get(f"{self._url}/mell/v1/state")).json()
-                blocks = sum(replica["used_blocks"] for replica in state["replicas"])
-                left = len(state["requests"]) + len(state["queued"])
-            except (httpx.HTTPError, ValueError, KeyError):
-                blocks = left = -1
+            state = await self._state(deadline)
+            blocks = sum(replica["used_blocks"] for replica in state["replicas"])
+            left = len(state["requests"]) + len(state["queued"])
             if not blocks + left or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.2)
@@ -258,6 +255,21 @@ class Chaos:
             "broken_books": broken,
             "violations": state["exactly_once_violations"],
         }
+
+    async def _state(self, deadline: float) -> dict[str, Any]:
+        """What the server says of itself; it may just be coming back.
+
+        Raises:
+            httpx.HTTPError: it does not answer until ``deadline``.
+        """
+        while True:
+            try:
+                answer = await self._client.get(f"{self._url}/mell/v1/state")
+                return answer.raise_for_status().json()
+            except httpx.HTTPError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
 
 
 def _reason(status: int, body: bytes) -> str:
