@@ -1,7 +1,8 @@
 """Asking the Router for places over a socket: a fraction of what a call through Serve costs.
 
-Only answers that are leases come this way. For anything else (a refusal, an error, a Router that is
-being replaced) the ingress asks again through Serve, which it may, and hears of it there.
+Only leases, and that there are too many requests, are answered this way. For anything else (an
+error, a Router that is being replaced) the ingress asks again through Serve, which it may, and
+hears of it there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
-from mell_ray.errors import MellError
+from mell_ray.errors import MellError, OverloadedError
 from mell_ray.serving.listener import Address, Listener, connect, next_line
 from mell_ray.serving.wire import Lease, PlaceRequest, Share
 
@@ -39,11 +40,14 @@ def place_listener(place: Place) -> Listener:
                 task.cancel()
 
     async def answer(writer: asyncio.StreamWriter, number: int, request: PlaceRequest) -> None:
+        lease = refusal = None
         try:
-            lease: Lease | None = await place(request)
-        except MellError:
-            lease = None
-        writer.write(json.dumps((number, lease and asdict(lease))).encode() + b"\n")
+            lease = asdict(await place(request))
+        except OverloadedError as error:
+            refusal = {"message": str(error), "retry_after_s": error.retry_after_s}
+        except MellError as error:
+            logger.info("left to Serve: %s", error)
+        writer.write(json.dumps((number, lease, refusal)).encode() + b"\n")
 
     return Listener(talk)
 
@@ -59,7 +63,11 @@ class PlaceLine:
         self._asked: dict[int, asyncio.Future[Lease | None]] = {}
 
     async def place(self, request: PlaceRequest) -> Lease | None:
-        """A lease, or None: ask through Serve."""
+        """A lease, or None: ask through Serve.
+
+        Raises:
+            OverloadedError: too many requests wait.
+        """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
         if self._writer is None:
@@ -82,10 +90,14 @@ class PlaceLine:
             reader, writer = await connect(address, "ingress")
             self._writer = writer
             while line := await next_line(reader):
-                number, fields = json.loads(line)
+                number, lease, refusal = json.loads(line)
                 future = self._asked.get(number)
-                if future is not None and not future.done():
-                    future.set_result(fields and Lease(**fields))
+                if future is None or future.done():
+                    continue
+                if refusal is not None:
+                    future.set_exception(OverloadedError(**refusal))
+                else:
+                    future.set_result(lease and Lease(**lease))
         except (OSError, MellError) as error:
             logger.info("the Router is asked through Serve: %s", error)
         finally:

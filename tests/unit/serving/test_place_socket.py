@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from mell_ray.errors import OverloadedError
+import pytest
+
+from mell_ray.errors import OverloadedError, ServerError
 from mell_ray.serving.listener import Address
 from mell_ray.serving.place_socket import PlaceLine, place_listener
 from mell_ray.serving.wire import Lease, PlaceRequest, Share
@@ -32,7 +34,9 @@ class Router:
         self.asked.append(request)
         await self.gate.wait()
         if request.request_id == "refused":
-            raise OverloadedError("full")
+            raise OverloadedError("full", retry_after_s=7)
+        if request.request_id == "failed":
+            raise ServerError("no replica")
         return Lease(f"replica-of-{request.request_id}", 3, 1.5, existing=True)
 
 
@@ -63,9 +67,12 @@ async def test_answers_find_those_who_asked() -> None:
     assert [lease and lease.replica_id for lease in leases] == [f"replica-of-{n}" for n in names]
 
 
-async def test_a_refusal_is_left_to_serve() -> None:
+async def test_refusals_come_back_and_failures_are_left_to_serve() -> None:
     line = await connected(Router())
-    assert await line.place(replace(REQUEST, request_id="refused")) is None
+    with pytest.raises(OverloadedError, match="full") as refused:
+        await line.place(replace(REQUEST, request_id="refused"))
+    assert refused.value.retry_after_s == 7
+    assert await line.place(replace(REQUEST, request_id="failed")) is None
     assert await line.place(REQUEST) is not None
 
 
