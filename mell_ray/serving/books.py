@@ -6,7 +6,7 @@ between what a replica reports and what was believed into scheduler events. Pure
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mell_ray.engine.types import SequenceInfo
@@ -86,9 +86,15 @@ class RequestBook:
         return lost
 
     def reconcile(
-        self, replica_id: str, model_id: str, sequences: list[SequenceInfo], now: float
+        self,
+        replica_id: str,
+        model_id: str,
+        sequences: list[SequenceInfo],
+        now: float,
+        ended: Iterable[tuple[str, int]] = (),
     ) -> list[Event]:
-        """Compare a replica's report with the book; returns what the scheduler must be told."""
+        """Compare a replica's report with the book; returns what the scheduler must be told.
+        ``ended``: requests with their generations that are no longer there."""
         events: list[Event] = []
         sizes: dict[str, int] = {}
         present: set[str] = set()
@@ -105,7 +111,8 @@ class RequestBook:
                 events += self._adopt(entry, replica_id, model_id, info, now)
         if sizes:
             events.append(Grow(sizes))
-        events += self._ended(replica_id, present, now)
+        gone = dict(ended)
+        events += self._ended(replica_id, present, gone, now)
         return events
 
     def unclaimed(self, now: float) -> list[Event]:
@@ -157,13 +164,19 @@ class RequestBook:
         )
         return events
 
-    def _ended(self, replica_id: str, present: set[str], now: float) -> list[Event]:
+    def _ended(
+        self, replica_id: str, present: set[str], gone: Mapping[str, int], now: float
+    ) -> list[Event]:
         ended = [
             entry.request_id
             for entry in self._on.get(replica_id, {}).values()
             if entry.request_id not in present
             and entry.migrating_to is None
-            and (entry.seen or now - entry.since > SUBMIT_TTL_S)
+            and (
+                entry.seen
+                or gone.get(entry.request_id, -1) >= entry.generation
+                or now - entry.since > SUBMIT_TTL_S
+            )
         ]
         for request_id in ended:
             self.drop(request_id)

@@ -45,8 +45,8 @@ def place_listener(place: Place) -> Listener:
             lease = asdict(await place(request))
         except OverloadedError as error:
             refusal = {"message": str(error), "retry_after_s": error.retry_after_s}
-        except MellError as error:
-            logger.info("left to Serve: %s", error)
+        except Exception as error:
+            logger.warning("left to Serve: %s: %s", type(error).__name__, error)
         writer.write(json.dumps((number, lease, refusal)).encode() + b"\n")
 
     return Listener(talk)

@@ -9,6 +9,7 @@ in the engine thread.
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import os
 import time
@@ -66,6 +67,7 @@ T = TypeVar("T")
 
 HEARTBEAT_S, PROGRESS_POLL_S = 1.0, 0.003
 REMEMBERED_EVICTIONS = 1024
+REMEMBERED_ENDS = 4096  # between two reports to the Router
 CONTROL_GROUP = "control"
 
 _control = ray.method(concurrency_group=CONTROL_GROUP)
@@ -90,6 +92,7 @@ class GPUReplica:
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
         self._listener = token_listener(self._items)
+        self._ended: collections.deque[tuple[str, int]] = collections.deque(maxlen=REMEMBERED_ENDS)
         self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
         self._incarnation = 0
         self._retired = False
@@ -126,6 +129,7 @@ class GPUReplica:
             ingress = self._ingress_of.get(delta.request_id)
             if delta.finish_reason is not None:
                 self._ingress_of.pop(delta.request_id, None)
+                self._ended.append((delta.request_id, delta.generation))
                 self._notify_router()
             if ingress is not None:
                 per_ingress.setdefault(ingress, []).append(encode_delta(delta))
@@ -148,6 +152,9 @@ class GPUReplica:
 
     def _forget(self, engine: Engine, request_id: str) -> bool:
         self._ingress_of.pop(request_id, None)
+        generation = engine.generation_of(request_id)
+        if generation is not None:
+            self._ended.append((request_id, generation))
         self._spans.left(request_id, "dropped")
         return engine.abort(request_id)
 
@@ -249,7 +256,7 @@ class GPUReplica:
             FencedError: a newer Router has spoken already.
         """
         self._fence(incarnation)
-        if wait_s > 0:
+        if wait_s > 0 and not self._ended:
             event = asyncio.Event()
             self._changed = (asyncio.get_running_loop(), event)
             try:
@@ -257,9 +264,14 @@ class GPUReplica:
                     await event.wait()
             except TimeoutError:
                 pass
-        stats, sequences = await self.in_engine(lambda e: (e.stats(), e.sequences()))
+        return await self.in_engine(self._make_report)
+
+    def _make_report(self, engine: Engine) -> ReplicaReport:
         step, self._step = self._step, None
-        return ReplicaReport(self._spec.replica_id, stats, sequences, step, self._retired)
+        ended, self._ended = tuple(self._ended), collections.deque(maxlen=REMEMBERED_ENDS)
+        return ReplicaReport(
+            self._spec.replica_id, engine.stats(), engine.sequences(), step, self._retired, ended
+        )
 
     @_control
     async def retire(self, incarnation: int) -> bool:

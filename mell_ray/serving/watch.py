@@ -128,7 +128,9 @@ class Watch:
         replica.report = report
         book = self._core.books[replica.model_id]
         now = time.monotonic()
-        for event in book.reconcile(replica.replica_id, replica.model_id, report.sequences, now):
+        for event in book.reconcile(
+            replica.replica_id, replica.model_id, report.sequences, now, report.ended
+        ):
             self._core.handle(event)
         if report.step is not None:
             step = report.step

@@ -155,6 +155,9 @@ class ReplicaReport:
     sequences: list[SequenceInfo]
     step: StepSample | None
     retired: bool
+    # (request id, generation) of what ended or was dropped here since the report before, which a
+    # short request may never have stood in.
+    ended: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,24 @@ def test_request_not_submitted_yet_is_kept_for_a_while() -> None:
     assert book.reconcile("a", "m", [], SUBMIT_TTL_S + 1) == [Finish("r")]
 
 
+def test_request_that_no_report_has_shown_ends_when_its_replica_says_so() -> None:
+    """It came and went between two reports."""
+    book = book_with(now=0.0)
+    assert book.reconcile("a", "m", [], 0.1, [("other", 1), ("r", 1)]) == [Finish("r")]
+    assert len(book) == 0
+
+
+def test_what_ended_of_an_earlier_owner_is_not_the_request() -> None:
+    """It was given up here, and has come back with a higher generation."""
+    book = book_with(now=0.0)
+    entry = book.get("r")
+    assert entry is not None
+    entry.generation = 2
+    assert book.reconcile("a", "m", [], 0.1, [("r", 1)]) == []
+    assert book.reconcile("b", "m", [], 0.1, [("r", 2)]) == []
+    assert len(book) == 1
+
+
 def test_unknown_request_is_adopted() -> None:
     book = RequestBook(block_size=16)
     assert book.reconcile("a", "m", seen(20), 1.0) == [Adopt("r", "m", "a", 2, 2, 0)]
