@@ -47,7 +47,8 @@ def place_listener(place: Place) -> Listener:
             refusal = {"message": str(error), "retry_after_s": error.retry_after_s}
         except Exception as error:
             logger.warning("left to Serve: %s: %s", type(error).__name__, error)
-        writer.write(json.dumps((number, lease, refusal)).encode() + b"\n")
+        if not writer.is_closing():
+            writer.write(json.dumps((number, lease, refusal)).encode() + b"\n")
 
     return Listener(talk)
 
@@ -70,7 +71,7 @@ class PlaceLine:
         """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
-        if self._writer is None:
+        if self._writer is None or self._writer.is_closing():
             return None  # this time
         number = next(self._numbers)
         self._asked[number] = future = asyncio.get_running_loop().create_future()

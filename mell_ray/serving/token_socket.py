@@ -18,6 +18,8 @@ def token_listener(items: Items) -> Listener:
     async def talk(ingress_id: str, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with contextlib.aclosing(items(ingress_id)) as told:
             async for item in told:
+                if writer.is_closing():  # the ingress has gone; uvloop refuses to write then
+                    return
                 writer.write(encode_item(item))
                 await writer.drain()
 
