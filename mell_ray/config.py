@@ -56,7 +56,10 @@ class EngineConfig(_Strict):
         "the same memory holds twice the blocks and a migration sends half; costs accuracy and "
         "time (measured in kernels/benchmarks).",
     )
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = Field(
+        default=True,
+        description="Keep the KV of past prompts and use it where a new one begins alike.",
+    )
     gpu_memory_utilization: float = Field(
         default=0.9,
         gt=0,
@@ -87,8 +90,8 @@ class EngineConfig(_Strict):
 
 
 class AutoscalingConfig(_Strict):
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(default=1, ge=1)
+    min_replicas: int = Field(default=1, ge=0, description="Replicas kept, busy or not.")
+    max_replicas: int = Field(default=1, ge=1, description="Replicas at most.")
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingConfig:
@@ -204,7 +207,9 @@ class FleetConfig(_Strict):
         default=False,
         description="Open replicas ahead of demand, as its course and their start-up time suggest.",
     )
-    startup_timeout_s: float = Field(default=600.0, gt=0)
+    startup_timeout_s: float = Field(
+        default=600.0, gt=0, description="A replica not ready by then is given up and tried again."
+    )
     replica_lease_s: float = Field(
         default=30.0,
         gt=1,
@@ -228,7 +233,7 @@ class FleetConfig(_Strict):
 
 
 class IngressConfig(_Strict):
-    num_replicas: int = Field(default=1, ge=1)
+    num_replicas: int = Field(default=1, ge=1, description="Ingress processes.")
     max_ongoing_requests: int = Field(default=1024, ge=1, description="Per ingress replica.")
     drain_s: float = Field(
         default=20.0, ge=0, description="How long a stopping ingress lets its streams go on."
@@ -332,8 +337,10 @@ class MellSettings(_Strict):
         description="Custom resource of the nodes that may hold the Router, the Migrator and the "
         "ingress. On any other node these would keep an autoscaler from taking it back.",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
-    seed: int = 0
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="WARNING", description="Of all our processes; logs are one JSON object a line."
+    )
+    seed: int = Field(default=0, description="Of the scheduler's own choices.")
 
     @model_validator(mode="after")
     def _need_keys(self) -> MellSettings:
