@@ -104,9 +104,9 @@ class Chaos:
         self.wrong: list[dict[str, Any]] = []
 
     async def run(self) -> dict[str, Any]:
-        for prompt in PROMPTS:
-            for length in LENGTHS:
-                self._expected[prompt, length] = await self._generate(prompt, length)
+        wanted = [(prompt, length) for prompt in PROMPTS for length in LENGTHS]
+        texts = await asyncio.gather(*(self._generate(*each) for each in wanted))
+        self._expected = dict(zip(wanted, texts, strict=True))
         started = time.monotonic()
         clients = [asyncio.create_task(self._client_loop()) for _ in range(self._options.streams)]
         watch = asyncio.create_task(self._watch_memory())
