@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import ray
+from ray import serve
 
 from mell_ray.builtin import MODEL_ID
 from tests.serving.conftest import App
@@ -262,6 +263,38 @@ def test_router_may_die(app: App) -> None:
     text, late = asyncio.run(orphaned())
     assert late
     assert {r["id"] for r in app.state()["replicas"]} == before
+
+    async def still() -> str:
+        async with http() as client:
+            return await read(client, app, request)
+
+    assert asyncio.run(still()) == text
+    app.wait_idle()
+
+
+def test_serve_controller_may_die(app: App) -> None:
+    """Streams go on, new requests are served meanwhile, and nothing is placed twice."""
+    request = body("It is a truth", 0.0, 600)
+
+    async def orphaned() -> tuple[str, str]:
+        async with http() as client:
+            running = asyncio.create_task(read(client, app, request))
+            while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
+                await asyncio.sleep(0.02)
+            controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+            ray.kill(controller, no_restart=False)
+            late = await read(client, app, body("Late.", 0.0, 20))
+            return await running, late
+
+    before = {r["id"] for r in app.state()["replicas"]}
+    text, late = asyncio.run(orphaned())
+    assert late
+    state = app.wait(
+        lambda s: serve.status().applications[app.name].status == "RUNNING" and s,
+        "the application does not run any more",
+    )
+    assert {r["id"] for r in state["replicas"]} == before
+    assert state["exactly_once_violations"] == 0
 
     async def still() -> str:
         async with http() as client:

@@ -1,8 +1,10 @@
-"""A small pool, a short queue: requests wait, are preempted, are refused, but never lost."""
+"""A small pool, a short queue: requests wait, are preempted, are refused, but never lost; who waits
+is placed by priority and by the share of its API key."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import httpx
 import pytest
@@ -71,3 +73,79 @@ def test_request_larger_than_the_pool_is_refused(app: App) -> None:
     error = response.json()["error"]
     assert str(BLOCKS * 16) in error["message"]
     assert error["param"] == "max_tokens"
+
+
+# --- priorities and shares -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(deploy, tmp_path_factory: pytest.TempPathFactory) -> App:
+    keys = tmp_path_factory.mktemp("keys") / "clients"
+    keys.write_text("large weight=3\nsmall\n")
+    return deploy(
+        "shared",
+        replicas=(1, 1),
+        engine={"num_gpu_blocks_override": BLOCKS, "max_num_seqs": 2},
+        mell={"auth": {"clients": {"files": [str(keys)]}, "fair_share": True}},
+    )
+
+
+def bearer(key: str, **more: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}", **more}
+
+
+async def at_the_router(client: httpx.AsyncClient, app: App) -> tuple[int, int]:
+    """How many requests wait there, and how many run."""
+    answer = await client.get(f"{app.url}/mell/v1/state", headers=bearer("large"))
+    state = answer.raise_for_status().json()
+    return len(state["queued"]), len(state["requests"])
+
+
+async def first_ends(app: App, calls: list[tuple[str, dict[str, str]]], count: int) -> list[str]:
+    """Names of the first ``count`` calls that are answered once all are there. The last call is
+    sent when all others wait or run."""
+    ended: list[str] = []
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+
+        async def call(number: int, name: str, headers: dict[str, str]) -> None:
+            url = f"{app.url}/v1/completions"
+            answer = await client.post(url, json=body(number, 60), headers=headers)
+            assert answer.status_code == 200, answer.text
+            ended.append(name)
+
+        tasks = [asyncio.create_task(call(i, *arguments)) for i, arguments in enumerate(calls[:-1])]
+        while sum(await at_the_router(client, app)) + len(ended) < len(tasks):
+            await asyncio.sleep(0.01)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        before = len(ended)
+        tasks.append(asyncio.create_task(call(len(tasks), *calls[-1])))
+        await asyncio.gather(*tasks)
+    return ended[before : before + count]
+
+
+def test_waiting_requests_are_placed_by_the_weight_of_their_key(shared: App) -> None:
+    """The small key's requests come first, and about a third as many of them are answered."""
+    calls = [("small", bearer("small"))] * 12 + [("large", bearer("large"))] * 18
+    ended = Counter(asyncio.run(first_ends(shared, calls, 12)))
+    assert ended["large"] >= 7, ended
+    assert ended["small"] >= 1, ended
+
+
+def test_priority_header_lets_a_request_pass(shared: App) -> None:
+    calls = [("usual", bearer("small"))] * 12
+    urgent = bearer("small", **{"x-mell-priority": "5"})
+    ended = asyncio.run(first_ends(shared, [*calls, ("urgent", urgent)], 6))
+    assert "urgent" in ended
+
+
+@pytest.mark.parametrize("value", ["high", "1.5", "99999999999", ""])
+def test_wrong_priority_header_is_refused(shared: App, value: str) -> None:
+    answer = httpx.post(
+        f"{shared.url}/v1/completions",
+        json=body(0, 2),
+        headers=bearer("small", **{"x-mell-priority": value}),
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-mell-priority"
