@@ -62,8 +62,9 @@ def application(config: MellConfig, router_class: type[Router] = Router) -> Appl
         name="Ingress",
         num_replicas=config.mell.ingress.num_replicas,
         max_ongoing_requests=config.mell.ingress.max_ongoing_requests,
-        # What waits for a free ingress slot, before anything of ours has seen it.
-        max_queued_requests=max(1, config.mell.max_queued_requests),
+        # What waits for a slot of an ingress, before anything of ours has seen it. Serve counts
+        # what has only just arrived, too, so a burst must fit.
+        max_queued_requests=config.mell.ingress.max_ongoing_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         health_check_period_s=1,
         graceful_shutdown_wait_loop_s=0.1,
