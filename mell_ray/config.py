@@ -215,10 +215,27 @@ class FleetConfig(_Strict):
         gt=1,
         description="A replica that no Router has asked for that long ends itself.",
     )
+    sleep: bool = Field(
+        default=False,
+        description="A superfluous replica sleeps rather than ends: it gives its GPU back to Ray, "
+        "keeps its process and its weights in host memory, and wakes within a fraction of a start. "
+        "A sleeping replica keeps its node from an autoscaler.",
+    )
+    max_asleep: int = Field(
+        default=2, ge=0, description="Sleeping replicas that a model may have; more end."
+    )
+    turn_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="Where models whose replicas sleep wait for each other's slots: how long one "
+        "that is in use is left alone. Then it takes nothing new, and after as long again what "
+        "still runs there waits for its model's next turn.",
+    )
     share_weights: bool | None = Field(
         default=None,
         description="Keep one copy of a model's weights in each node's memory: replicas that start "
-        "there take them from it, and CPU replicas run from it. Unset: for CPU replicas.",
+        "there take them from it, and CPU replicas run from it. Unset: for CPU replicas, and for "
+        "replicas that sleep.",
     )
     cpu_resource: str = Field(
         default="mell_cpu",
@@ -356,6 +373,12 @@ class MellConfig(_Strict):
 
     llm_configs: list[LLMConfig] = Field(min_length=1)
     mell: MellSettings = MellSettings()
+
+    @model_validator(mode="after")
+    def _sleep_needs_weights(self) -> MellConfig:
+        if self.mell.fleet.sleep and self.mell.fleet.share_weights is False:
+            raise ValueError("mell.fleet.sleep needs mell.fleet.share_weights, which is false")
+        return self
 
     @model_validator(mode="after")
     def _unique_ids(self) -> MellConfig:

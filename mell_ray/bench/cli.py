@@ -158,6 +158,31 @@ def serving(
         json_out.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@app.command()
+def sleep(
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Cold starts.")] = 3,
+    naps: Annotated[int, typer.Option(min=1, help="Sleeps after each.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+) -> None:
+    """How long a sleeping replica takes to wake, next to a cold start, both to a first token.
+
+    Starts Ray and CPU replicas of a random model of 50 million parameters on this machine; takes
+    about a minute. Run it on an otherwise idle machine.
+    """
+    from mell_ray.bench.sleep import SleepBenchOptions, measure
+
+    options = SleepBenchOptions(dtype=dtype, rounds=rounds, naps=naps)
+    result = measure(options, lambda phase: typer.echo(phase, err=True))
+    for key, value in result.items():
+        if isinstance(value, float | int):
+            typer.echo(f"{key:24} {value:8.3f}")
+    if json_out is not None:
+        json_out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar on stderr, where that is a terminal."""

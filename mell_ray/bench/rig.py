@@ -9,6 +9,8 @@ import uuid
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import psutil
+
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.engine.types import RequestState, SamplingParams
 from mell_ray.migration.budget import Budgets
@@ -75,15 +77,39 @@ class Rig:
         self.replicas: list[Replica] = []
 
     async def open(self, count: int) -> None:
-        started = [self._fleet.create(self._llm.model_id) for _ in range(count)]
-        await asyncio.gather(*(self._fleet.wait_ready(replica) for replica in started))
-        self.replicas = started
-        for replica in started:
-            await self._links.ensure(replica.replica_id)
+        await asyncio.gather(*(self.start() for _ in range(count)))
+
+    async def start(self) -> Replica:
+        """One replica more, and its stream."""
+        replica = self._fleet.create(self._llm.model_id)
+        self.replicas.append(replica)
+        await self._fleet.wait_ready(replica)
+        await self._links.ensure(replica.replica_id)
+        return replica
 
     def close(self) -> None:
         for replica in self.replicas:
             self._fleet.kill(replica.replica_id)
+
+    async def end(self, replica: Replica) -> None:
+        """Kill one replica and wait until its process is gone."""
+        self.replicas.remove(replica)
+        self._fleet.kill(replica.replica_id)
+        assert replica.info is not None
+        while psutil.pid_exists(replica.info.pid):
+            await asyncio.sleep(POLL_S)
+
+    async def sleep(self, replica: Replica) -> None:
+        outcome = await replica.actor.sleep.remote(0)
+        assert outcome == "asleep", outcome
+
+    async def wake(self, replica: Replica) -> None:
+        """Get its slot back from Ray, and then itself."""
+        slot = await self._fleet.find_slot(replica)
+        assert slot is not None
+        replica.holder.hold.remote(replica.actor)
+        replica.holder = None
+        await replica.actor.wake.remote(0)
 
     async def submit(
         self,

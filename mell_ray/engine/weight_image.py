@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import io
+import logging
 import mmap
 import os
 import pickle
@@ -23,6 +24,8 @@ from mell_kernels import packed_memory
 
 from mell_ray.engine.model import LoadedModel
 from mell_ray.errors import MellError
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 _HEADER = len(b"mellw001") + 8
@@ -148,7 +151,9 @@ class WeightImage:
         if self._pinned is None:
             self._pinned = mmap.mmap(self.fd, self.nbytes)
             address = torch.frombuffer(self._pinned, dtype=torch.uint8).data_ptr()
-            torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
+            error = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0))
+            if error:
+                logger.warning("weights cannot be pinned (CUDA error %d): waking is slower", error)
         return self._pinned
 
 

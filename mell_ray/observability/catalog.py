@@ -50,7 +50,8 @@ METRICS = (
     Metric(
         "mell_gpus",
         "gauge",
-        "GPUs by state: starting, active (with requests), idle, cordoned, draining.",
+        "GPUs by state: starting, active (with requests), idle, cordoned, draining, asleep (given "
+        "back while its replica sleeps), lent (given back, and somebody else has it).",
         "router",
         ("model", "state"),
     ),

@@ -38,7 +38,7 @@ def _quantiles(name: str, where: str = _MODEL) -> tuple[Query, ...]:
 
 
 _USED = _total("mell_gpus", f'{_MODEL}, state=~"active|draining"')
-_HELD = _total("mell_gpus", f'{_MODEL}, state!="starting"')
+_HELD = _total("mell_gpus", f'{_MODEL}, state!~"starting|asleep|lent"')
 _BOUND = _total("mell_gpus_lower_bound", _CLUSTER)
 _VIOLATIONS = _total("mell_exactly_once_violations_total")
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from mell_ray.migration.types import MigrationResult
 from mell_ray.observability.recorder import Recorder
 
-GPU_STATES = ("starting", "active", "idle", "cordoned", "draining")
+GPU_STATES = ("starting", "active", "idle", "cordoned", "draining", "asleep", "lent")
+NOT_HELD = ("starting", "asleep", "lent")
 REQUEST_STATES = ("queued", "waiting", "running", "migrating")
 
 

@@ -43,6 +43,8 @@ class SchedulerConfig:
     spare_gpus: int = 0  # empty GPUs kept ready, per model
     idle_grace_s: float = 10.0  # how long a superfluous empty GPU stays
     startup_s: float = 0.0  # expected; learnt from GPUs that come
+    max_asleep: int = 0  # superfluous GPUs that sleep rather than end, per model
+    turn_s: float = 5.0  # how long a model keeps GPUs that others wait for and it has a use for
     forecast: bool = False  # keep GPUs ready ahead of demand, as ``forecast`` finds
     forecast_shortage: float = 0.005  # share of demand that may wait for a GPU to start
     migration_enabled: bool = True

@@ -66,13 +66,33 @@ class GpuReady:
     node: str = ""
     max_requests: int = 1 << 30
     kv_bytes_per_token: int | None = None  # None: as configured
+    woken: bool = False  # it slept before
+    took_s: float | None = None  # from when it had its place; None: from when it was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class GpuAsleep:
+    """A GPU sleeps of which the scheduler does not know it: the Router was restarted, or one that
+    was to be woken could not be."""
+
+    gpu: str
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
 class GpuLost:
-    """The GPU died. Its requests are forgotten; the driver brings them back as ``Arrive``."""
+    """The GPU died, awake or asleep. Its requests are forgotten; the driver brings them back as
+    ``Arrive``."""
 
     gpu: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """By model, how many of the GPUs that were asked for wait for a place, as those of others have
+    them all. Models that are not named have none; holds until the next event of this kind."""
+
+    waiting: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +181,9 @@ Event = (
     | Grow
     | Finish
     | GpuReady
+    | GpuAsleep
     | GpuLost
+    | Contended
     | StepTime
     | Cordon
     | Evacuate
@@ -216,13 +238,16 @@ class Migrate:
 class AcquireGpu:
     model: str
     reason: str = ""
+    wake: str | None = None  # the sleeping GPU that should come back, rather than a new one
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseGpu:
-    """The GPU is empty and superfluous; the scheduler has already forgotten it."""
+    """The GPU is empty and superfluous; the scheduler has already forgotten it. ``sleep``: it is
+    to sleep, and counts as a sleeping one from now on."""
 
     gpu: str
+    sleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ _LOOK_BACK = 16  # of the starting GPUs with promises, the latest that are looke
 class Starting:
     """A GPU that was asked for and is not there yet."""
 
-    __slots__ = ("promised", "requests", "since")
+    __slots__ = ("promised", "requests", "since", "wakes")
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, since: float, wakes: bool) -> None:
         self.since = since
+        self.wakes = wakes  # it slept
         self.promised = 0  # of its capacity, to requests that will need it
         self.requests = 0  # how many these are
 
@@ -41,6 +42,9 @@ class Fleet:
         self.starting: list[Starting] = []
         self._filling = 0  # the latest of them that something is promised to
         self.startup_s = config.startup_s
+        self.wake_s = 0.0  # as learnt; 0 before any has woken
+        self.asleep: dict[str, None] = {}  # ids, the one that fell asleep last at the end
+        self.contended = False  # others wait for what this fleet has
         self.foreseen = 0  # GPUs that will be needed when one asked for now comes
         self._short_since: float | None = None  # when what is foreseen began to be too little
         self._retry_at = float("-inf")
@@ -49,6 +53,10 @@ class Fleet:
     def total(self) -> int:
         """GPUs there and to come; those that are being emptied are as good as gone."""
         return len(self._pool.gpus) - len(self._pool.draining) + len(self.starting)
+
+    def lag_s(self) -> float:
+        """How long it takes until a GPU that is asked for now is there."""
+        return self.wake_s if self.asleep else self.startup_s
 
     def can_grow(self, now: float) -> bool:
         return self.total() < self._pool.limits.max_gpus and now >= self._retry_at
@@ -79,33 +87,44 @@ class Fleet:
             return False
         if self._short_since is None:
             self._short_since = now
-        return now - self._short_since < self.startup_s
+        return now - self._short_since < self.lag_s()
 
     def _acquire(self, now: float, out: list[Decision], reason: str) -> Starting:
-        starting = Starting(now)
+        wake = self.asleep.popitem()[0] if self.asleep else None
+        starting = Starting(now, wake is not None)
         self.starting.append(starting)
-        out.append(AcquireGpu(self._pool.model, reason))
+        out.append(AcquireGpu(self._pool.model, reason, wake))
         return starting
 
-    def arrived(self, now: float) -> None:
-        """A GPU is ready; the one asked for first counts as come."""
+    def arrived(self, now: float, gpu: str, woken: bool, took_s: float | None) -> None:
+        """A GPU is ready; the first of its kind that was asked for counts as come. One that was
+        to fall asleep and could not was not asked for."""
+        if gpu in self.asleep:
+            del self.asleep[gpu]
+            return
         if self.starting:
-            took = now - self._first().since
-            self.startup_s += (0.3 if self.startup_s else 1.0) * (took - self.startup_s)
+            first = self._first(woken)
+            took = now - first.since if took_s is None else took_s
+            if woken:
+                self.wake_s += (0.3 if self.wake_s else 1.0) * (took - self.wake_s)
+            else:
+                self.startup_s += (0.3 if self.startup_s else 1.0) * (took - self.startup_s)
         self._retry_s = _FIRST_RETRY_S
         self._retry_at = float("-inf")
 
     def failed(self, now: float) -> None:
         """A GPU did not come; wait before the next try, longer each time."""
         if self.starting:
-            self._first()
+            self._first(False)
         self._retry_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
-    def _first(self) -> Starting:
-        """Takes the GPU that was asked for first off the list."""
+    def _first(self, wakes: bool) -> Starting:
+        """Takes the GPU that was asked for first off the list, of those that sleep or of the
+        others if there is one."""
         self._filling = max(0, self._filling - 1)
-        return self.starting.pop(0)
+        kinds = [starting.wakes for starting in self.starting]
+        return self.starting.pop(kinds.index(wakes) if wakes in kinds else 0)
 
     def renew_promises(self, needs: Iterable[int], now: float, out: list[Decision]) -> None:
         """Count anew what is waiting, and ask for the GPUs that it takes."""
@@ -124,8 +143,9 @@ class Fleet:
             self._short_since = None
         idle = self._idle(now, out)
         unpromised = sum(not s.promised for s in self.starting)
-        least = max(self._pool.limits.min_gpus, self.foreseen)
-        spares = self._config.spare_gpus
+        least = max(self._pool.limits.min_gpus, 0 if self.contended else self.foreseen)
+        spares = 0 if self.contended else self._config.spare_gpus
+        grace_s = 0.0 if self.contended else self._config.idle_grace_s
         while self.can_grow(now) and (self.total() < least or len(idle) + unpromised < spares):
             self._acquire(now, out, "minimum" if self.total() < least else "spare")
             unpromised += 1
@@ -135,16 +155,17 @@ class Fleet:
         surplus = min(len(idle) + unpromised - spares, self.total() - least)
         for gpu in idle[: max(0, surplus)]:
             assert gpu.idle_since is not None
-            if now - gpu.idle_since >= self._config.idle_grace_s:
+            if now - gpu.idle_since >= grace_s:
                 self._release(gpu, out)
 
     def release_emptied(self, busy: bool, out: list[Decision]) -> None:
         """GPUs that have just become empty and need not wait for the next tick."""
         limits, config = self._pool.limits, self._config
         for gpu in list(self._pool.emptied):
-            surplus = not (busy or config.idle_grace_s or config.spare_gpus or config.forecast)
+            kept = config.idle_grace_s or config.spare_gpus or config.forecast
+            surplus = not busy and (self.contended or not kept)
             surplus = surplus and self.total() > limits.min_gpus and gpu.state == "ready"
-            if gpu.empty and (surplus or gpu.state == "draining"):
+            if gpu.empty and (surplus or gpu.state in ("draining", "yielding")):
                 self._release(gpu, out)
         self._pool.emptied.clear()
 
@@ -157,13 +178,17 @@ class Fleet:
                 continue
             if gpu.idle_since is None:
                 gpu.idle_since = now
-            if gpu.state == "draining":
+            if gpu.state in ("draining", "yielding"):
                 self._release(gpu, out)
             elif gpu.state == "ready":
                 idle.append(gpu)
         return idle
 
     def _release(self, gpu: Gpu, out: list[Decision]) -> None:
+        lasting = gpu.state != "draining" and gpu not in self._pool.outdated
+        sleep = lasting and len(self.asleep) < self._config.max_asleep
         self._pool.remove(gpu)
         self._released(gpu)
-        out.append(ReleaseGpu(gpu.id))
+        if sleep:
+            self.asleep[gpu.id] = None
+        out.append(ReleaseGpu(gpu.id, sleep))

@@ -356,7 +356,7 @@ class Ledger:
         total = waiting + sum(gpu.load for gpu in self.pool.gpus.values())
         if self.pool.capacity:
             needed = total / self.pool.capacity
-            self._forecast.observe(now, needed, waiting / max(1, total), self.fleet.startup_s)
+            self._forecast.observe(now, needed, waiting / max(1, total), self.fleet.lag_s())
         target = self._forecast.target()
         return max(target, self.fleet.total()) if self._forecast.young else target
 

@@ -14,11 +14,13 @@ from mell_ray.scheduler.events import (
     AcquireFailed,
     Adopt,
     Arrive,
+    Contended,
     Cordon,
     Decision,
     Evacuate,
     Event,
     Finish,
+    GpuAsleep,
     GpuLost,
     GpuReady,
     Grow,
@@ -35,6 +37,7 @@ from mell_ray.scheduler.ledger import Ledger
 from mell_ray.scheduler.policies import find_policy
 from mell_ray.scheduler.state import Gpu, Request
 from mell_ray.scheduler.steptime import StepTimeModel
+from mell_ray.scheduler.turns import Turns
 
 _MANY = 2  # sizes per GPU in one report from which on re-indexing all is cheaper
 
@@ -49,7 +52,7 @@ class GpuView:
     capacity: int
     booked: int  # requests that run there, their growth until the next tick, and reservations
     requests: int  # that run there
-    state: str  # "ready" | "cordoned" | "draining"
+    state: str  # "ready" | "cordoned" | "draining" | "yielding"
 
 
 class Scheduler:
@@ -80,6 +83,7 @@ class Scheduler:
         self._now = 0.0
         for model, limits in config.models.items():
             self._ledgers[model] = Ledger(model, limits, config, self._gpus)
+        self._turns = Turns(self._ledgers, config.turn_s)
         self.policy_name = ""
         self.set_policy(config.policy, config.params)
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -88,7 +92,9 @@ class Scheduler:
             Grow: self._grow,
             Finish: self._finish,
             GpuReady: self._gpu_ready,
+            GpuAsleep: self._gpu_asleep,
             GpuLost: self._gpu_lost,
+            Contended: self._contended,
             StepTime: self._step_time,
             Cordon: self._cordon,
             Evacuate: self._evacuate,
@@ -158,6 +164,17 @@ class Scheduler:
     def starting(self) -> int:
         """GPUs asked for that have not come yet."""
         return sum(len(ledger.fleet.starting) for ledger in self._ledgers.values())
+
+    def transitions(self) -> dict[str, dict[str, float | None]]:
+        """Seconds by model, as learnt, until a GPU is there that is started or woken; None: none
+        has been yet."""
+        return {
+            model: {
+                "start_s": ledger.fleet.startup_s or None,
+                "wake_s": ledger.fleet.wake_s or None,
+            }
+            for model, ledger in self._ledgers.items()
+        }
 
     def in_flight(self) -> int:
         """Migrations under way."""
@@ -288,7 +305,7 @@ class Scheduler:
             gpu.steps = StepTimeModel(tpot_limit_s, self.config.tokens_per_unit)
         if event.kv_bytes_per_token is not None:
             ledger.cost.set_kv_bytes(event.kv_bytes_per_token)
-        ledger.fleet.arrived(self._now)
+        ledger.fleet.arrived(self._now, event.gpu, event.woken, event.took_s)
         ledger.pool.add(gpu)
         ledger.fit(self._now, self._out)
         ledger.settle(self._out)
@@ -296,12 +313,24 @@ class Scheduler:
     def _gpu_lost(self, event: GpuLost) -> None:
         gpu = self._gpus.get(event.gpu)
         if gpu is None:
+            for ledger in self._ledgers.values():
+                ledger.fleet.asleep.pop(event.gpu, None)
             self.ignored += 1
             return
         ledger = self._ledgers[gpu.pool.model]
         for request in ledger.lose(gpu):
             del self._requests[request.id]
         ledger.settle(self._out)
+
+    def _gpu_asleep(self, event: GpuAsleep) -> None:
+        ledger = self._ledgers.get(event.model)
+        if ledger is None or event.gpu in self._gpus:
+            self.ignored += 1
+            return
+        ledger.fleet.asleep[event.gpu] = None
+
+    def _contended(self, event: Contended) -> None:
+        self._turns.update({m: n for m, n in event.waiting.items() if m in self._ledgers})
 
     def _acquire_failed(self, event: AcquireFailed) -> None:
         ledger = self._ledgers.get(event.model)
@@ -396,5 +425,6 @@ class Scheduler:
 
     def _tick(self, event: Tick) -> None:
         del event
+        self._turns.tick(self._now, self._out)
         for ledger in self._ledgers.values():
             ledger.tick(self._now, self._out)

@@ -116,7 +116,7 @@ class Gpu:
         self.capacity = capacity
         self.node = node
         self.max_requests = max_requests
-        self.state = "ready"  # "ready" | "cordoned" | "draining"
+        self.state = "ready"  # "ready" | "cordoned" | "draining" | "yielding"
         self.urgent = False  # draining, as fast as can be
         self.slot = 0  # small number, unique among the pool's GPUs; ties go to the lowest
         self.key = 0  # its entry in the pool's index; 0 while it is not there

@@ -49,6 +49,14 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to use. Default: start one on this machine.")
     ] = None,
+    cpu_slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU replicas that run on this machine at once. Default: as many as the config "
+            "may open.",
+        ),
+    ] = None,
 ) -> None:
     """Serve the models of a config file and say how to use them. Ctrl-C stops everything."""
     path = config or Path(str(resources.files("mell_ray").joinpath("builtin/local.yaml")))
@@ -61,7 +69,7 @@ def serve(
         # A session of its own: Ctrl-C reaches only this process, which then stops Ray in order.
         child = subprocess.Popen(
             command,
-            env=ray_environment(settings, haproxy, scratch),
+            env=ray_environment(settings, haproxy, scratch, cpu_slots),
             start_new_session=True,
             preexec_fn=_heed_interrupts,
         )
@@ -164,7 +172,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def ray_environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> dict[str, str]:
+def ray_environment(
+    settings: dict[str, Any], haproxy: bool, scratch: str, cpu_slots: int | None = None
+) -> dict[str, str]:
     """Ray reads these when it starts; what the user has set stays."""
     wanted = {
         "RAY_AUTH_MODE": "disabled",
@@ -172,7 +182,7 @@ def ray_environment(settings: dict[str, Any], haproxy: bool, scratch: str) -> di
         "RAY_SERVE_LOG_TO_STDERR": "0",  # its files under /tmp/ray keep everything
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_OVERRIDE_RESOURCES": json.dumps({"mell_cpu": _cpu_slots(settings)}),
+        "RAY_OVERRIDE_RESOURCES": json.dumps({"mell_cpu": cpu_slots or _cpu_slots(settings)}),
     }
     if haproxy:
         wanted |= {

@@ -22,7 +22,7 @@ from ray.experimental import internal_kv
 
 from mell_ray.errors import ConflictError, NotFoundError
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica
+from mell_ray.serving.fleet import ASLEEP, Replica
 from mell_ray.serving.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Nodes:
         self._publish()
         replicas: Iterable[Replica] = self._replicas().get(node_id, [])
         for replica in replicas:
-            if replica.state == "ready":
+            if replica.state in ("ready", *ASLEEP):
                 logger.warning("replica %s leaves node %s (%s)", replica.replica_id, node_id, by)
                 self._watch.drain(replica)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mell_ray.migration.types import MigrationResult
 from mell_ray.observability.activity import Activity
-from mell_ray.observability.fleet import FleetMeter, GpuSample
+from mell_ray.observability.fleet import NOT_HELD, FleetMeter, GpuSample
 from mell_ray.observability.pulse import Pulse
 from mell_ray.observability.recorder import Recorder
 from mell_ray.observability.spans import record_migration
@@ -116,7 +116,7 @@ class Observer:
         self._meter.sample(gpus, bound, queued, migrating)
         self._activity.point(
             time.monotonic(),
-            open_gpus=sum(gpu.state != "starting" for gpu in gpus),
+            open_gpus=sum(gpu.state not in NOT_HELD for gpu in gpus),
             used=sum(gpu.running + gpu.waiting > 0 for gpu in gpus),
             lower_bound=bound,
         )

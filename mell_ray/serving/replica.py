@@ -52,6 +52,7 @@ from mell_ray.serving.wire import (
     ReplicaInfo,
     ReplicaReport,
     ReplicaSpec,
+    SleepOutcome,
     StepSample,
     StreamItem,
     encode_delta,
@@ -96,6 +97,7 @@ class GPUReplica:
         self._evicted: dict[str, int] = {}  # request id -> generation that lost its place
         self._incarnation = 0
         self._retired = False
+        self._holders: list[asyncio.Event] = []  # each set when that holder may go
         self._step: StepSample | None = None
         self._changed: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         recorder = RayRecorder("replica")
@@ -245,6 +247,9 @@ class GPUReplica:
             weights=weights_hash(spec.llm),
             kv_format=engine.kv_format,
             gpu_uuid=self._mover.gpu_uuid,
+            devices=spec.slot.devices if spec.slot else "",
+            asleep=engine.asleep,
+            lends=spec.slot is not None,
             transports=tuple(self._mover.transports),
         )
 
@@ -286,24 +291,69 @@ class GPUReplica:
         return await self.in_engine(close)
 
     @_control
-    async def evict(self, incarnation: int, request_id: str, generation: int) -> None:
-        """Give a request up; its ingress asks the Router for another place. If it is still on its
-        way here it is refused when it comes."""
+    async def sleep(self, incarnation: int) -> SleepOutcome:
+        """Refuse everything and give up accelerator memory and slot until ``wake``, provided
+        nothing is here."""
         self._fence(incarnation)
 
-        def give_up(engine: Engine) -> None:
+        def fall_asleep(engine: Engine) -> SleepOutcome:
+            if engine.sequences() or engine.has_work() or len(self._target):
+                return "busy"
+            try:
+                engine.sleep()
+            except ConflictError as error:
+                logger.warning("replica %s cannot sleep: %s", self._spec.replica_id, error)
+                return "unable"
+            self._retired = True
+            return "asleep"
+
+        outcome = await self.in_engine(fall_asleep)
+        if outcome == "asleep":
+            for holder in self._holders:
+                holder.set()
+        return outcome
+
+    @_control
+    async def wake(self, incarnation: int) -> None:
+        """Take weights and KV pool back and accept requests again."""
+        self._fence(incarnation)
+
+        def get_up(engine: Engine) -> None:
+            engine.wake()
+            self._retired = False
+
+        await self.in_engine(get_up)
+
+    @_control
+    async def keep_slot(self) -> None:
+        """For the holder of its slot: returns when this replica falls asleep."""
+        done = asyncio.Event()
+        self._holders.append(done)
+        try:
+            await done.wait()
+        finally:
+            self._holders.remove(done)
+
+    @_control
+    async def evict(self, incarnation: int, request_id: str, generation: int) -> bool:
+        """Give a request up; its ingress asks the Router for another place. If it is still on its
+        way here it is refused when it comes. False: it is not here; it may have ended."""
+        self._fence(incarnation)
+
+        def give_up(engine: Engine) -> bool:
             self._evicted[request_id] = generation
             while len(self._evicted) > REMEMBERED_EVICTIONS:
                 self._evicted.pop(next(iter(self._evicted)))
             present = engine.generation_of(request_id)
             if present != generation or self._source.is_leaving(request_id):
-                return
+                return present is not None
             ingress = self._ingress_of.get(request_id)
             self._forget(engine, request_id)
             if ingress is not None:
                 self._outbox(ingress).put(notices=[Evicted(request_id, generation)])
+            return True
 
-        await self.in_engine(give_up)
+        return await self.in_engine(give_up)
 
     @_control
     async def generation_of(self, request_id: str) -> int | None:

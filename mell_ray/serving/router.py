@@ -31,7 +31,7 @@ from mell_ray.scheduler.events import (
     Tick,
 )
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica
+from mell_ray.serving.fleet import ASLEEP, Replica
 from mell_ray.serving.listener import Address
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.moves import Moves
@@ -39,6 +39,7 @@ from mell_ray.serving.nodes import Nodes
 from mell_ray.serving.observer import Observer
 from mell_ray.serving.place_socket import place_listener
 from mell_ray.serving.placement import Placement
+from mell_ray.serving.sleepers import Sleepers
 from mell_ray.serving.snapshot import state_snapshot
 from mell_ray.serving.track import Stall
 from mell_ray.serving.upgrade import Upgrade
@@ -57,6 +58,7 @@ class Router:
         self._placement = Placement(core, self._look_into)
         self._listener = place_listener(self._placement.place)
         self._watch = Watch(core, self._placement.refuse_model)
+        self._sleepers = Sleepers(core, self._watch)
         core.carry_out = self._carry_out
         self._observer = Observer(core, RayRecorder("router"), self._placement.waiting)
         core.on_migrated = self._observer.migrated
@@ -64,6 +66,7 @@ class Router:
         await self._nodes.attach()
         Upgrade(core, self._watch).begin(await self._watch.attach())
         core.spawn(self._nodes.follow())
+        core.spawn(self._sleepers.follow())
         self._clock = core.spawn(self._run_clock())
         await self._wait_for_first_replicas()
 
@@ -99,8 +102,12 @@ class Router:
                 self._placement.placed(request_id, replica_id)
             case Migrate():
                 self._moves.start(decision)
-            case AcquireGpu(model_id):
+            case AcquireGpu(model_id, wake=None):
                 self._watch.open(model_id)
+            case AcquireGpu(model_id, wake=str(replica_id)):
+                self._core.spawn(self._sleepers.wake(replica_id, model_id))
+            case ReleaseGpu(replica_id, sleep=True):
+                self._core.spawn(self._sleepers.put_to_sleep(replica_id))
             case ReleaseGpu(replica_id):
                 self._core.spawn(self._watch.release(replica_id))
             case Preempt(request_id, replica_id):
@@ -131,7 +138,7 @@ class Router:
 
     async def limits(self, model_id: str) -> tuple[int, int] | None:
         """(context length, pool capacity) in tokens of the model's largest replica, if any."""
-        infos = [r.info for r in self._watch.ready(model_id) if r.info is not None]
+        infos = self._watch.known(model_id)
         if not infos:
             return None
         best = max(infos, key=lambda info: info.capacity_blocks)
@@ -149,6 +156,7 @@ class Router:
         """Every replica and request, as the replicas see them now."""
         await self._watch.poll_all()
         state = state_snapshot(self._core.fleet.replicas.values(), self._placement.waiting())
+        state["transitions"] = self._core.scheduler.transitions()
         nodes = {"nodes": self._nodes.view()}
         return state | nodes | {"exactly_once_violations": self._violations}
 
@@ -201,8 +209,9 @@ class Router:
     async def evacuate(self, replica_id: str) -> dict[str, Any]:
         """Empty a replica by migration and release it; returns at once."""
         replica = self._replica(replica_id)
-        minimum = self._core.limits[replica.model_id].min_gpus
-        self._core.set_minimum(replica.model_id, minimum - 1)
+        if replica.state not in ASLEEP:
+            minimum = self._core.limits[replica.model_id].min_gpus
+            self._core.set_minimum(replica.model_id, minimum - 1)
         self._watch.drain(replica)
         running = replica.report.stats.running if replica.report else 0
         return {"id": replica_id, "state": replica.state, "running": running}
@@ -216,6 +225,8 @@ class Router:
         replica = self._replica(replica_id)
         if replica.state == "draining":
             raise ConflictError(f"replica {replica_id!r} is being emptied")
+        if replica.state in ASLEEP:
+            raise ConflictError(f"replica {replica_id!r} is asleep")
         self._core.handle(Cordon(replica_id, cordoned))
         return {"id": replica_id, "cordoned": cordoned}
 
@@ -228,11 +239,13 @@ class Router:
         count, limit = self._core.fleet.count(name), self._core.limits[name].max_gpus
         if count >= limit:
             raise ConflictError(f"model {name!r} has its max_replicas ({limit}) already")
-        before = set(replicas)
+        before = {name for name, replica in replicas.items() if replica.state not in ASLEEP}
         self._core.set_minimum(name, count + 1)
         self._core.handle(Tick())
+        await asyncio.sleep(0)  # one that sleeps begins to wake
         for replica in replicas.values():
-            if replica.model_id == name and replica.replica_id not in before:
+            starts = replica.state == "starting" and replica.replica_id not in before
+            if starts and replica.model_id == name:
                 return {"id": replica.replica_id, "model": name, "state": replica.state}
         raise ConflictError("replicas failed to start just now; try again in a moment")
 

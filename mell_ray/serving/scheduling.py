@@ -24,6 +24,8 @@ def scheduler_config(config: MellConfig) -> SchedulerConfig:
             spare_gpus=settings.fleet.spare_gpus,
             forecast=settings.fleet.forecast,
             idle_grace_s=settings.fleet.idle_grace_s,
+            max_asleep=settings.fleet.max_asleep if settings.fleet.sleep else 0,
+            turn_s=settings.fleet.turn_s,
             migration_enabled=settings.migration.enabled,
             max_migrations_in_flight=settings.migration.max_concurrent,
             migration_mode=settings.migration.mode,

@@ -10,7 +10,13 @@ from rich.text import Text
 
 BAR_WIDTH = 12
 MAX_REQUESTS = 30
-_STYLES = {"ready": "green", "starting": "yellow", "draining": "magenta"}
+_STYLES = {
+    "ready": "green",
+    "starting": "yellow",
+    "draining": "magenta",
+    "asleep": "blue",
+    "lent": "cyan",
+}
 
 
 def render(state: dict[str, Any]) -> RenderableType:

@@ -16,7 +16,7 @@ import time
 
 from mell_ray.scheduler.events import Cordon, Outdate, Tick
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica
+from mell_ray.serving.fleet import ASLEEP, Replica
 from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.watch import Watch
 
@@ -106,7 +106,7 @@ class Upgrade:
         return [r for r in self._of(model_id) if not r.outdated and r.state == "ready"]
 
     def _staying(self, model_id: str) -> list[Replica]:
-        return [r for r in self._of(model_id) if r.state != "draining"]
+        return [r for r in self._of(model_id) if r.state not in ("draining", *ASLEEP)]
 
     def _there(self, replica: Replica) -> bool:
         return self._core.fleet.replicas.get(replica.replica_id) is replica

@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from ray.exceptions import RayActorError, RayTaskError
 
 from mell_ray.errors import FencedError, ServerError
-from mell_ray.scheduler.events import AcquireFailed, Evacuate, GpuLost, GpuReady, StepTime
+from mell_ray.scheduler.events import (
+    AcquireFailed,
+    Evacuate,
+    GpuAsleep,
+    GpuLost,
+    GpuReady,
+    StepTime,
+)
+from mell_ray.serving.books import Entry
 from mell_ray.serving.core import Core
-from mell_ray.serving.fleet import Replica
+from mell_ray.serving.fleet import ASLEEP, Replica
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.versions import config_hash
+from mell_ray.serving.wire import ReplicaInfo
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +44,17 @@ class Watch:
         return [
             replica
             for replica in self._core.fleet.replicas.values()
-            if replica.model_id == model_id and replica.state != "starting"
+            if replica.model_id == model_id and replica.state in ("ready", "draining")
         ]
+
+    def known(self, model_id: str) -> list[ReplicaInfo]:
+        """What is known of the model's replicas, awake or asleep."""
+        replicas = self._core.fleet.replicas.values()
+        return [r.info for r in replicas if r.model_id == model_id and r.info is not None]
 
     async def attach(self) -> list[Replica]:
         """Take over what an earlier Router has left, before anything new is placed. Returns the
-        replicas that have other settings than today's."""
+        replicas that have other settings than today's and are awake."""
         outdated: list[Replica] = []
         attached = self._core.fleet.attach()
         for replica in attached:
@@ -48,9 +62,16 @@ class Watch:
             if llm is None:
                 self._core.fleet.kill(replica.replica_id)
                 continue
-            self._join(replica)
-            if replica.info is not None and replica.info.config_hash != config_hash(llm):
-                outdated.append(replica)
+            outdates = replica.info is not None and replica.info.config_hash != config_hash(llm)
+            if replica.state in ASLEEP and outdates:
+                self._core.fleet.kill(replica.replica_id)
+            elif replica.state in ASLEEP:
+                self._core.handle(GpuAsleep(replica.replica_id, replica.model_id))
+                self._follow_on(replica)
+            else:
+                self.join(replica)
+                if outdates:
+                    outdated.append(replica)
         await self.poll_all()
         for replica in attached:
             self._leave_node(replica)
@@ -58,7 +79,12 @@ class Watch:
 
     def drain(self, replica: Replica, *, urgent: bool = True) -> None:
         """Empty a replica by migration, as fast as its bytes move or, if that is not ``urgent``,
-        as gently as any other move; it is released when it is empty."""
+        as gently as any other move; it is released when it is empty. One that sleeps ends."""
+        if replica.state in ASLEEP:
+            replica.state = "draining"
+            self._core.fleet.kill(replica.replica_id)
+            self._core.handle(GpuLost(replica.replica_id))
+            return
         replica.state = "draining"
         self._core.handle(Evacuate(replica.replica_id, urgent))
 
@@ -75,7 +101,11 @@ class Watch:
 
     def open(self, model_id: str) -> None:
         """Ask Ray for one more replica."""
-        self._core.spawn(self._start(self._core.fleet.create(model_id)))
+        self.start(self._core.fleet.create(model_id))
+
+    def start(self, replica: Replica) -> None:
+        """Follow a replica from its request on."""
+        self._core.spawn(self._start(replica))
 
     def reconsider(self) -> None:
         """Nodes may be used again: ask anew for the replicas that were to keep off them, as they
@@ -98,7 +128,7 @@ class Watch:
             logger.info("replica %s released", replica_id)
             self._core.fleet.kill(replica_id)
         else:
-            self._join(replica)
+            self.join(replica)
             self._leave_node(replica)
 
     def evict(self, request_id: str, replica_id: str) -> None:
@@ -108,8 +138,19 @@ class Watch:
         if entry is None or replica is None:
             return
         self._core.books[entry.model_id].move(entry, None, time.monotonic(), held=False)
-        call = replica.actor.evict.remote(self._core.incarnation, request_id, entry.generation)
-        self._core.spawn(_tell(replica_id, call))
+        self._core.spawn(self._evict(entry, replica))
+
+    async def _evict(self, entry: Entry, replica: Replica) -> None:
+        """One that is not there has ended, and nobody would ever ask for it again; or it is on its
+        way there, and its ingress asks for a place as if it were new."""
+        name, incarnation = entry.request_id, self._core.incarnation
+        try:
+            present = await replica.actor.evict.remote(incarnation, name, entry.generation)
+        except (RayActorError, RayTaskError) as error:
+            logger.warning("replica %s did not take a call: %s", replica.replica_id, error)
+            return
+        if not present and self._core.entry(name) is entry and entry.replica_id is None:
+            self._core.withdraw(name)
 
     async def poll(self, replica: Replica, wait_s: float) -> bool:
         """One report, entered into the books. False: do not poll this replica again."""
@@ -153,7 +194,8 @@ class Watch:
                 self._on_hopeless(replica.model_id, error)
             return
         self.start_errors.pop(replica.model_id, None)
-        self._join(replica)
+        placed_s = replica.placed_s
+        self.join(replica, took_s=None if placed_s is None else time.monotonic() - placed_s)
         self._leave_node(replica)
 
     def _leave_node(self, replica: Replica) -> None:
@@ -162,7 +204,8 @@ class Watch:
         if known and replica.info is not None and replica.info.node_id in self._core.fleet.avoided:
             self.drain(replica)
 
-    def _join(self, replica: Replica) -> None:
+    def join(self, replica: Replica, *, woken: bool = False, took_s: float | None = None) -> None:
+        """The replica takes requests, after ``took_s`` seconds on its slot."""
         info = replica.info
         assert info is not None
         limit = self._core.llms[replica.model_id].deployment_config.max_ongoing_requests
@@ -175,9 +218,16 @@ class Watch:
                 node=info.node_id,
                 max_requests=min(info.max_num_seqs, limit or info.max_num_seqs),
                 kv_bytes_per_token=info.block_nbytes // info.block_size,
+                woken=woken,
+                took_s=took_s,
             )
         )
-        self._core.spawn(self._follow(replica))
+        self._follow_on(replica)
+
+    def _follow_on(self, replica: Replica) -> None:
+        if not replica.followed:
+            replica.followed = True
+            self._core.spawn(self._follow(replica))
 
     async def _follow(self, replica: Replica) -> None:
         while self._core.fleet.replicas.get(replica.replica_id) is replica:
@@ -193,10 +243,3 @@ class Watch:
         self._core.fleet.kill(replica.replica_id)
         self._core.books[replica.model_id].lose_replica(replica.replica_id, time.monotonic())
         self._core.handle(GpuLost(replica.replica_id))
-
-
-async def _tell(replica_id: str, call: Awaitable[None]) -> None:
-    try:
-        await call
-    except (RayActorError, RayTaskError) as error:
-        logger.warning("replica %s did not take a call: %s", replica_id, error)

@@ -20,7 +20,10 @@ from mell_ray.engine.types import (
 )
 from mell_ray.migration.transports.base import OBJECTS, Endpoint, TransportName
 
-ReplicaState = Literal["starting", "ready", "draining"]
+# lent: asleep, and somebody else has its slot.
+ReplicaState = Literal["starting", "ready", "draining", "asleep", "lent"]
+# busy: a request is there; unable: its weights are nowhere from which they could come back.
+SleepOutcome = Literal["asleep", "busy", "unable"]
 
 # (request id, generation, index, token ids, logprobs, finish reason, error)
 WireDelta = tuple[str, int, int, list[int], list[Any] | None, FinishReason | None, str | None]
@@ -96,6 +99,15 @@ def decode_logprobs(logprobs: list[Any] | None) -> list[TokenLogprobs] | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """An accelerator that is held apart from the replica that runs on it. ``devices``: of the
+    node's GPUs, as CUDA_VISIBLE_DEVICES says it; empty on a CPU."""
+
+    node_id: str
+    devices: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSpec:
     """Everything a replica is told at birth."""
 
@@ -108,13 +120,14 @@ class ReplicaSpec:
     ingress_timeout_s: float
     config_hash: str
     share_weights: bool
+    slot: Slot | None  # where it is held apart from it
     log_level: str
     tracing: TracingConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """What never changes about a replica once it is ready. Sizes in blocks, bytes and tokens."""
+    """A replica that is ready or asleep. Sizes in blocks, bytes and tokens."""
 
     replica_id: str
     model_id: str
@@ -130,6 +143,9 @@ class ReplicaInfo:
     weights: str  # identifies them
     kv_format: str  # what the bytes of a block mean
     gpu_uuid: str = ""  # of the physical GPU
+    devices: str = ""  # CUDA_VISIBLE_DEVICES, where its GPU is held apart from it
+    asleep: bool = False
+    lends: bool = False  # its slot is held apart from it, so that it can be lent
     transports: tuple[TransportName, ...] = (OBJECTS,)  # by which blocks can reach it
 
     def endpoint(self) -> Endpoint:

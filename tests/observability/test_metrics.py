@@ -177,9 +177,11 @@ def test_fleet_meter_counts_states_and_clears_what_is_gone() -> None:
     meter = FleetMeter(recorder, ["m"])
     meter.epoch(0.001)
     gpus = [GpuSample("m", "active", 3, 1), GpuSample("m", "idle"), GpuSample("m", "starting")]
+    gpus += [GpuSample("m", "asleep"), GpuSample("m", "lent")]
     meter.sample(gpus, 1, {"m": 2}, {"m": 1})
     assert recorder.gauge("mell_gpus", model="m", state="active") == 1
-    assert recorder.gauge("mell_gpus", model="m", state="starting") == 1
+    for state in ("starting", "asleep", "lent"):
+        assert recorder.gauge("mell_gpus", model="m", state=state) == 1
     assert recorder.gauge("mell_gpus_lower_bound") == 1
     requests = {
         state: recorder.gauge("mell_requests", model="m", state=state)

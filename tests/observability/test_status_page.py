@@ -149,6 +149,9 @@ def test_gpus_open_and_close_and_an_empty_fleet_says_so(page: Page) -> None:
         page.wait("document.getElementById('gpu-c')?.classList.contains('starting')")
         fleet.states["c"] = "ready"
         page.wait("document.getElementById('gpu-c').classList.contains('ready')")
+        for state, told in (("asleep", "its GPU is free"), ("lent", "its GPU is lent")):
+            fleet.states["c"] = state
+            page.wait(f"document.getElementById('gpu-c').textContent.includes({told!r})")
         fleet.requests.clear()
         page.wait("homes.size === 0")
         fleet.gpus.clear()
