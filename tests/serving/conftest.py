@@ -113,7 +113,7 @@ def cluster() -> Iterator[str]:
         address="local",
         include_dashboard=False,
         num_cpus=8,
-        resources={"mell_cpu": CPU_SLOTS},
+        resources={"mell_cpu": CPU_SLOTS, "mell_one": 1},
         object_store_memory=150 << 20,
         log_to_driver=False,
         logging_level="ERROR",
