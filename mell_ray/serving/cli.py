@@ -182,6 +182,7 @@ def ray_environment(
         "RAY_SERVE_LOG_TO_STDERR": "0",  # its files under /tmp/ray keep everything
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "1",  # a dead Migrator is soon replaced
         "RAY_OVERRIDE_RESOURCES": json.dumps({"mell_cpu": cpu_slots or _cpu_slots(settings)}),
     }
     if haproxy:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -17,6 +18,9 @@ from mell_ray.serving.books import Entry
 from mell_ray.serving.core import Core
 
 MIGRATOR = "migrator"
+# Serve finds a dead Migrator at its next check, by default every 10 s, and starts another.
+MIGRATOR_PATIENCE_S = 20.0
+MIGRATOR_POLL_S = 0.1
 OPERATOR = "operator"  # the scheduler's reason for a move that was asked for
 
 
@@ -60,7 +64,7 @@ class Moves:
             else:
                 if source.info.kv_format != target.info.kv_format:
                     order = dataclasses.replace(order, mode="token")
-                migrator = serve.get_deployment_actor(MIGRATOR)
+                migrator = await _migrator()
                 result = await migrator.migrate.remote(
                     order,
                     self._core.fleet.namespace,
@@ -100,3 +104,19 @@ class Moves:
                 result.copy_s,
             )
         )
+
+
+async def _migrator() -> Any:
+    """The Migrator, awaited where it has died: a move that is planned can wait.
+
+    Raises:
+        ValueError: Serve has not brought it back in time.
+    """
+    deadline = time.monotonic() + MIGRATOR_PATIENCE_S
+    while True:
+        try:
+            return serve.get_deployment_actor(MIGRATOR)
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(MIGRATOR_POLL_S)

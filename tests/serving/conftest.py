@@ -35,6 +35,7 @@ from mell_ray.serving import build_openai_app
 os.environ.update(
     RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
     RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
+    RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S="1",
 )
 
 CPU_SLOTS = 8

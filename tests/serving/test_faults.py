@@ -103,10 +103,8 @@ def nothing_armed():
 
 
 def ready(app: App) -> None:
-    """At least two replicas, so that there is somewhere to go."""
-    app.wait(
-        lambda s: sum(r["state"] == "ready" for r in s["replicas"]) >= 2, "no two ready replicas"
-    )
+    """All replicas, also those in the place of killed ones."""
+    app.wait_ready(3)
 
 
 def arm(row: Row) -> Path:

@@ -8,6 +8,7 @@ goes before what the chart sets, and a group's before everybody's. */}}
   (dict "name" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "value" (toString .drain))
   (dict "name" "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD" "value" "0")
   (dict "name" "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP" "value" "0")
+  (dict "name" "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S" "value" "1")
   (dict "name" "HF_HOME" "value" $cache)
   (dict "name" "XDG_CACHE_HOME" "value" "/tmp/cache")
   (dict "name" "TRITON_CACHE_DIR" "value" "/tmp/cache/triton") -}}
