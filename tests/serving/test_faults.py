@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
+from ray.util import list_named_actors
 
 from mell_ray.engine.types import RequestState, SamplingParams
 from mell_ray.migration.faults import VARIABLE
@@ -103,8 +104,14 @@ def nothing_armed():
 
 
 def ready(app: App) -> None:
-    """All replicas, also those in the place of killed ones."""
+    """All replicas and the Migrator, also those in the place of killed ones."""
     app.wait_ready(3)
+    prefix = f"SERVE_DEPLOYMENT_ACTOR::{app.name}::"
+
+    def migrator_lives(_: dict) -> bool:
+        return any(e["name"].startswith(prefix) for e in list_named_actors(all_namespaces=True))
+
+    app.wait(migrator_lives, "no Migrator")
 
 
 def arm(row: Row) -> Path:
@@ -238,9 +245,14 @@ def test_target_whose_room_is_taken_declines(app: App, expected: str) -> None:
         for actor, state, capacity in fillers.values():
             if await actor.generation_of.remote(request_id) is not None:
                 continue
-            for i in range(capacity // 57 + 1):
+            # Large ones, then ever smaller ones into what is left.
+            lengths = [900] * (capacity // 57) + [512, 256, 128, 64, 32, 16, 1, 1]
+            for i, length in enumerate(lengths):
                 filler = RequestState(
-                    f"{state.request_id}-{i}", state.prompt_token_ids, state.sampling, generation=1
+                    f"{state.request_id}-{i}",
+                    state.prompt_token_ids[:length],
+                    state.sampling,
+                    generation=1,
                 )
                 order = MigrationOrder(
                     uuid.uuid4().hex, filler.request_id, "x", "y", "kv", "filler"
@@ -248,7 +260,7 @@ def test_target_whose_room_is_taken_declines(app: App, expected: str) -> None:
                 try:
                     await actor.mig_reserve.remote(order, filler)
                 except ray.exceptions.RayTaskError:
-                    break
+                    continue
                 held.append((actor, order.migration_id))
         return await attempt(client, app, request_id, "kv")
 
