@@ -11,6 +11,7 @@ import asyncio
 import os
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +109,15 @@ def ready(app: App) -> None:
     app.wait_ready(3)
     prefix = f"SERVE_DEPLOYMENT_ACTOR::{app.name}::"
 
-    def migrator_lives(_: dict) -> bool:
-        return any(e["name"].startswith(prefix) for e in list_named_actors(all_namespaces=True))
+    def migrator_answers(_: dict) -> bool:
+        for entry in list_named_actors(all_namespaces=True):
+            if entry["name"].startswith(prefix):
+                with suppress(ValueError, ray.exceptions.RayActorError):
+                    ray.get(ray.get_actor(**entry).__ray_ready__.remote())
+                    return True
+        return False
 
-    app.wait(migrator_lives, "no Migrator")
+    app.wait(migrator_answers, "no Migrator")
 
 
 def arm(row: Row) -> Path:
