@@ -22,7 +22,8 @@ from ray.util import list_named_actors
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.errors import ServerError
 from mell_ray.serving import slots
-from mell_ray.serving.replica import CONTROL_GROUP, GPUReplica
+from mell_ray.serving.replica import GPUReplica
+from mell_ray.serving.replica_migration import CONTROL_GROUP
 from mell_ray.serving.versions import config_hash
 from mell_ray.serving.wire import (
     ReplicaInfo,

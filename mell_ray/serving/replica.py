@@ -17,22 +17,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import ray
 
 from mell_ray.engine.loop import EngineLoop
-from mell_ray.engine.types import EngineStats, RequestState, Reservation, StepOutput
+from mell_ray.engine.types import EngineStats, RequestState, StepOutput
 from mell_ray.errors import ConflictError, FencedError
-from mell_ray.migration.faults import Faults, fault_point
+from mell_ray.migration.faults import Faults
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
-from mell_ray.migration.transports.base import Parcel, Ticket, TransportName
 from mell_ray.migration.types import (
-    ChunkMeta,
-    Frozen,
     MigrationOrder,
     Settlement,
-    TokenTail,
 )
 from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.replica import ReplicaMeter
@@ -43,12 +38,11 @@ from mell_ray.serving.listener import Address
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
+from mell_ray.serving.replica_migration import MigrationCalls, control
 from mell_ray.serving.token_socket import token_listener
 from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.wire import (
     Evicted,
-    Migrating,
-    Moved,
     ReplicaInfo,
     ReplicaReport,
     ReplicaSpec,
@@ -66,16 +60,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-HEARTBEAT_S, PROGRESS_POLL_S = 1.0, 0.003
+HEARTBEAT_S = 1.0
 REMEMBERED_EVICTIONS = 1024
 REMEMBERED_ENDS = 4096  # between two reports to the Router
-CONTROL_GROUP = "control"
-
-_control = ray.method(concurrency_group=CONTROL_GROUP)
-_control_pair = ray.method(concurrency_group=CONTROL_GROUP, num_returns=2)
 
 
-class GPUReplica:
+class GPUReplica(MigrationCalls):
     """See the module. Created by the fleet with ``ray.remote``."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
@@ -229,7 +219,7 @@ class GPUReplica:
 
     # --- control: Router -------------------------------------------------------------------
 
-    @_control
+    @control
     async def info(self) -> ReplicaInfo:
         engine, spec = self._engine, self._spec
         return ReplicaInfo(
@@ -253,7 +243,7 @@ class GPUReplica:
             transports=tuple(self._mover.transports),
         )
 
-    @_control
+    @control
     async def report(self, incarnation: int, wait_s: float) -> ReplicaReport:
         """Renew the lease and report; waits up to ``wait_s`` for something to have ended.
 
@@ -278,7 +268,7 @@ class GPUReplica:
             self._spec.replica_id, engine.stats(), engine.sequences(), step, self._retired, ended
         )
 
-    @_control
+    @control
     async def retire(self, incarnation: int) -> bool:
         """Refuse everything from now on, provided nothing is here. The Router may then kill it."""
         self._fence(incarnation)
@@ -290,7 +280,7 @@ class GPUReplica:
 
         return await self.in_engine(close)
 
-    @_control
+    @control
     async def sleep(self, incarnation: int) -> SleepOutcome:
         """Refuse everything and give up accelerator memory and slot until ``wake``, provided
         nothing is here."""
@@ -313,7 +303,7 @@ class GPUReplica:
                 holder.set()
         return outcome
 
-    @_control
+    @control
     async def wake(self, incarnation: int) -> None:
         """Take weights and KV pool back and accept requests again."""
         self._fence(incarnation)
@@ -324,7 +314,7 @@ class GPUReplica:
 
         await self.in_engine(get_up)
 
-    @_control
+    @control
     async def keep_slot(self) -> None:
         """For the holder of its slot: returns when this replica falls asleep."""
         done = asyncio.Event()
@@ -334,7 +324,7 @@ class GPUReplica:
         finally:
             self._holders.remove(done)
 
-    @_control
+    @control
     async def evict(self, incarnation: int, request_id: str, generation: int) -> bool:
         """Give a request up; its ingress asks the Router for another place. If it is still on its
         way here it is refused when it comes. False: it is not here; it may have ended."""
@@ -355,11 +345,11 @@ class GPUReplica:
 
         return await self.in_engine(give_up)
 
-    @_control
+    @control
     async def generation_of(self, request_id: str) -> int | None:
         return await self.in_engine(lambda e: e.generation_of(request_id))
 
-    @_control
+    @control
     async def check(self) -> None:
         """Verify the engine's invariants; raises AssertionError."""
         await self.in_engine(lambda e: e.check())
@@ -369,123 +359,6 @@ class GPUReplica:
             raise FencedError(f"Router {incarnation} was replaced by {self._incarnation}")
         self._incarnation = incarnation
         self._housekeeping.renew_lease()
-
-    # --- control: migration ----------------------------------------------------------------
-
-    @fault_point("source.begin")
-    @_control
-    async def mig_begin(self, order: MigrationOrder) -> RequestState:
-        def begin(engine: Engine) -> RequestState:
-            state = self._source.begin(engine, order)
-            ingress = self._ingress_of.get(order.request_id)
-            if ingress is not None:
-                self._outbox(ingress).put(notices=[Migrating(order.request_id, order.dst)])
-            return state
-
-        return await self.in_engine(begin)
-
-    @fault_point("source.offer")
-    @_control
-    async def mig_offer(self, transport: TransportName, peer: str) -> Ticket:
-        return self._mover.transports[transport].offer(peer)
-
-    @fault_point("join")
-    @_control
-    async def mig_join(
-        self, transport: TransportName, peer: str, ticket: Ticket, is_source: bool
-    ) -> None:
-        await self._mover.join(transport, peer, ticket, is_source=is_source)
-
-    @_control
-    async def mig_abort_link(self, transport: TransportName, peer: str) -> None:
-        self._mover.transports[transport].abort(peer)
-
-    @fault_point("source.stage")
-    @_control_pair
-    async def mig_stage(
-        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
-    ) -> tuple[ChunkMeta, Parcel]:
-        return await self._mover.send(migration_id, first_block, max_blocks, transport)
-
-    @fault_point("source.tokens")
-    @_control
-    async def mig_tokens(self, migration_id: str, start: int) -> TokenTail:
-        return await self.in_engine(lambda e: self._source.tokens(e, migration_id, start))
-
-    @fault_point("source.freeze")
-    @_control_pair
-    async def mig_freeze(self, migration_id: str, first_block: int) -> tuple[Frozen, np.ndarray]:
-        return await self.in_engine(lambda e: self._source.freeze(e, migration_id, first_block))
-
-    @fault_point("source.thaw")
-    @_control
-    async def mig_thaw(self, migration_id: str) -> bool:
-        return await self.in_engine(lambda e: self._mover.thaw(e, migration_id))
-
-    @fault_point("source.release")
-    @_control
-    async def mig_release(self, migration_id: str) -> None:
-        await self.in_engine(lambda e: self.release_moved(e, migration_id))
-
-    def release_moved(self, engine: Engine, migration_id: str) -> None:
-        """In the engine thread: the target owns the request; tell its ingress and forget it."""
-        order = self._mover.release(engine, migration_id)
-        if order is None:
-            return
-        self._spans.left(order.request_id, "moved")
-        ingress = self._ingress_of.pop(order.request_id, None)
-        if ingress is not None:
-            self._outbox(ingress).put(notices=[Moved(order.request_id, order.dst)])
-        self._notify_router()
-
-    @fault_point("target.reserve")
-    @_control
-    async def mig_reserve(self, order: MigrationOrder, state: RequestState) -> Reservation:
-        def reserve(engine: Engine) -> Reservation:
-            if self._retired:
-                raise ConflictError(f"replica {self._spec.replica_id} is being released")
-            return self._target.reserve(engine, order, state)
-
-        return await self.in_engine(reserve)
-
-    @fault_point("target.receive")
-    @_control
-    async def mig_receive(
-        self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
-    ) -> int:
-        return await self._mover.receive(migration_id, first_block, parcel, transport)
-
-    @fault_point("target.extend")
-    @_control
-    async def mig_extend(self, migration_id: str, tail: TokenTail) -> None:
-        await self.in_engine(lambda e: self._target.extend(e, migration_id, tail))
-
-    @fault_point("target.wait_progress")
-    @_control
-    async def mig_wait_progress(self, migration_id: str, num_tokens: int) -> int:
-        """Wait until the reservation's KV reaches ``num_tokens - 1`` tokens (the last one is
-        computed when the request is resumed)."""
-        while True:
-            have = await self.in_engine(lambda e: self._target.progress(e, migration_id))
-            if have >= num_tokens - 1:
-                return have
-            await asyncio.sleep(PROGRESS_POLL_S)
-
-    @fault_point("target.commit")
-    @_control
-    async def mig_commit(self, migration_id: str, frozen: Frozen, payload: np.ndarray) -> int:
-        def commit(engine: Engine) -> int:
-            generation = self._target.commit(engine, migration_id, frozen, payload)
-            self._ingress_of[frozen.state.request_id] = frozen.state.ingress_id
-            self._spans.arrived(frozen.state)
-            return generation
-
-        return await self.in_engine(commit)
-
-    @fault_point("target.settle")
-    @_control
-    async def mig_settle(self, migration_id: str) -> Settlement:
-        return await self.in_engine(lambda e: self._target.settle(e, migration_id))
 
     # --- housekeeping (called from its thread) ---------------------------------------------
 
