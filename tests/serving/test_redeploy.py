@@ -13,7 +13,8 @@ import httpx
 from mell_ray.builtin import MODEL_ID, model_path
 from tests.serving.conftest import App
 
-MELL = {"ingress": {"drain_s": 60}}
+# A lease that outlives the change of Routers, however busy the machine is.
+MELL = {"ingress": {"drain_s": 60}, "fleet": {"replica_lease_s": 120}}
 # Of different lengths, so that there is no moment in which all have ended.
 LENGTHS = {"Chapter 1. It was": 150, "Chapter 2. She": 220, "Chapter 3. Mr.": 290}
 
