@@ -59,7 +59,6 @@ class Mover:
         self._staging = Staging()
         self._buffer_bytes = spec.migration.buffer_bytes
         self._pacer = Pacer(spec.migration.step_share)
-        self._busy = False
         self.gpu_uuid = ""
         self.transports: dict[TransportName, Transport] = {OBJECTS: ObjectTransport()}
         if spec.device == "cuda":
@@ -70,7 +69,6 @@ class Mover:
 
     def stepped(self, output: StepOutput) -> None:
         """In the engine thread, after each step."""
-        self._busy = output.num_decode_tokens + output.num_prefill_tokens > 0
         self._pacer.stepped(output.seconds)
 
     async def join(
@@ -86,23 +84,21 @@ class Mover:
         """Gather blocks that are complete and give them to the transport."""
         way = self.transports[transport]
 
-        def look(engine: Engine) -> tuple[ChunkMeta, list[np.ndarray] | None]:
+        def look(engine: Engine) -> tuple[ChunkMeta, list[np.ndarray] | None, bool]:
             meta = self._source.ready(engine, migration_id, first_block, max_blocks)
-            if way.on_device or not meta.num_blocks:
-                return meta, None
-            pieces = max(1, meta.nbytes // MIN_PIECE_BYTES)
-            return meta, self._source.lend(
-                engine, migration_id, first_block, meta.num_blocks, pieces
-            )
+            lent = None
+            if meta.num_blocks and not way.on_device:
+                pieces = max(1, meta.nbytes // MIN_PIECE_BYTES)
+                lent = self._source.lend(engine, migration_id, first_block, meta.num_blocks, pieces)
+            return meta, lent, engine.has_work()
 
-        meta, lent = await self._in_engine(look)
+        meta, lent, busy = await self._in_engine(look)
         if not meta.num_blocks:
             return meta, []
         order = self._source.order(migration_id)
         if lent is not None:
             # Read by Ray's own thread, beside the engine's; the pause keeps the share all the same.
-            paced = self._busy and not order.urgent
-            await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=paced))
+            await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=busy and not order.urgent))
             return meta, await way.send_blocks(order.dst, lent, LINK_TIMEOUT_S)
         if way.on_device:
             tensor = await self._in_engine(
@@ -125,14 +121,16 @@ class Mover:
 
             return work
 
-        await self._sliced(meta.num_blocks, gather, order)
+        await self._sliced(meta.num_blocks, gather, paced=busy and not order.urgent)
         return meta, await way.send_blocks(order.dst, [buffer], LINK_TIMEOUT_S)
 
     async def receive(
         self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
     ) -> int:
         """Take a chunk in. Returns the leading tokens whose KV is here then."""
-        order = await self._in_engine(lambda _: self._target.order(migration_id))
+        order, busy = await self._in_engine(
+            lambda engine: (self._target.order(migration_id), engine.has_work())
+        )
         data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
         pieces = data if isinstance(data, list) else [data]
         block_nbytes = self._block_nbytes
@@ -156,19 +154,19 @@ class Mover:
 
                 return work
 
-            progress = await self._sliced(num_blocks, scatter, order)
+            progress = await self._sliced(num_blocks, scatter, paced=busy and not order.urgent)
         return progress
 
     async def _sliced(
         self,
         num_blocks: int,
         work: Callable[[range], Callable[[Engine], int]],
-        order: MigrationOrder,
+        *,
+        paced: bool,
     ) -> int:
-        """Copy in slices, so that a step is never late by more than its share; what is urgent,
-        in one. Returns what the last of them returned."""
+        """Copy in slices, so that a step is never late by more than its share; what is urgent, or
+        disturbs nobody, in one. Returns what the last of them returned."""
         answer = 0
-        paced = self._busy and not order.urgent
         for part in self._pacer.slices(num_blocks, self._block_nbytes, busy=paced):
             answer, seconds = await self._in_engine(_timed(work(part)))
             self._pacer.copied(len(part) * self._block_nbytes, seconds)
