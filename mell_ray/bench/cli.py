@@ -90,8 +90,7 @@ def throughput(
     with _progress() as on_phase:
         result = measure(options, make, on_phase)
     _print(result)
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=2) + "\n")
+    _write(result, json_out)
 
 
 @app.command()
@@ -126,12 +125,9 @@ def migration(
             dtype=dtype,
             seed=seed,
         )
-    result = measure(options, lambda phase: typer.echo(phase, err=True))
-    for key, value in result.items():
-        if isinstance(value, float | int):
-            typer.echo(f"{key:24} {value:8.3f}")
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=2) + "\n")
+    result = measure(options, _print_phase)
+    _print_figures(result)
+    _write(result, json_out)
 
 
 @app.command()
@@ -152,10 +148,9 @@ def serving(
     from mell_ray.bench.serving import ServingBenchOptions, measure
 
     options = ServingBenchOptions(streams=streams, seconds=seconds, haproxy=haproxy)
-    result = measure(options, lambda phase: typer.echo(phase, err=True))
+    result = measure(options, _print_phase)
     typer.echo(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=2))
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=2) + "\n")
+    _write(result, json_out)
 
 
 @app.command()
@@ -175,10 +170,23 @@ def sleep(
     from mell_ray.bench.sleep import SleepBenchOptions, measure
 
     options = SleepBenchOptions(dtype=dtype, rounds=rounds, naps=naps)
-    result = measure(options, lambda phase: typer.echo(phase, err=True))
+    result = measure(options, _print_phase)
+    _print_figures(result)
+    _write(result, json_out)
+
+
+def _print_phase(phase: str) -> None:
+    typer.echo(phase, err=True)
+
+
+def _print_figures(result: dict[str, Any]) -> None:
+    """The figures that stand for the whole, a line each."""
     for key, value in result.items():
         if isinstance(value, float | int):
             typer.echo(f"{key:24} {value:8.3f}")
+
+
+def _write(result: dict[str, Any], json_out: Path | None) -> None:
     if json_out is not None:
         json_out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,8 +19,8 @@ from typing import Any, cast
 import numpy as np
 
 from mell_ray.bench.load import Load
+from mell_ray.bench.local_ray import OnPhase, random_model_on_local_ray
 from mell_ray.bench.machine import machine, versions
-from mell_ray.bench.random_llama import write_random_llama
 from mell_ray.bench.rig import Rig, Watched
 from mell_ray.bench.transport import SIZES_MIB, measure_transport
 from mell_ray.config import LLMConfig, MellSettings
@@ -37,9 +35,6 @@ STALL_CONTEXTS = (256, 1024, 4096)
 TOKENS_BETWEEN_MOVES = 12
 OTHERS = 3  # requests of 128 + 64 tokens kept running on each replica
 EQUAL_WITHIN = 1.05  # two modes whose times differ by less are equally fast
-OBJECT_STORE_BYTES = 512 << 20
-
-OnPhase = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +56,8 @@ class MigrationBenchOptions:
 
 def measure(options: MigrationBenchOptions, on_phase: OnPhase) -> dict[str, Any]:
     """Start Ray and two replicas on this machine, measure, stop them."""
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="mell-bench-") as scratch:
-        model = Path(scratch) / "model"
-        on_phase("writing a random model of 50 million parameters")
-        write_random_llama(model)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=4,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=tempfile.mkdtemp(prefix="mb", dir="/tmp"),
-        )
-        try:
-            return asyncio.run(_measure(options, model, on_phase))
-        finally:
-            ray.shutdown()
+    with random_model_on_local_ray(on_phase) as model:
+        return asyncio.run(_measure(options, model, on_phase))
 
 
 async def _measure(

@@ -9,26 +9,21 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from mell_ray.bench.local_ray import OnPhase, random_model_on_local_ray
 from mell_ray.bench.machine import machine, versions
-from mell_ray.bench.random_llama import write_random_llama
 from mell_ray.bench.rig import Rig
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.serving.fleet import Replica
 
-OnPhase = Callable[[str], None]
-
 VOCABULARY = 32_000
 RESOURCE = "mell_bench"
-OBJECT_STORE_BYTES = 150 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +37,8 @@ class SleepBenchOptions:
 
 def measure(options: SleepBenchOptions, on_phase: OnPhase) -> dict[str, Any]:
     """Start Ray on this machine, measure, stop it."""
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="mell-bench-") as scratch:
-        model = Path(scratch) / "model"
-        on_phase("writing a random model of 50 million parameters")
-        write_random_llama(model)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=4,
-            resources={RESOURCE: 2},
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=tempfile.mkdtemp(prefix="ms", dir="/tmp"),
-        )
-        try:
-            return asyncio.run(_measure(options, model, on_phase))
-        finally:
-            ray.shutdown()
+    with random_model_on_local_ray(on_phase, resources={RESOURCE: 2}) as model:
+        return asyncio.run(_measure(options, model, on_phase))
 
 
 async def _measure(options: SleepBenchOptions, model: Path, on_phase: OnPhase) -> dict[str, Any]:
