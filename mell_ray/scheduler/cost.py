@@ -13,7 +13,8 @@ one later moves them by a bounded factor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 from mell_ray.scheduler.events import MigrationDone, MigrationMode
 
@@ -38,11 +39,13 @@ class CostConfig:
     hybrid: bool = False  # whether the driver can split a migration
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     mode: MigrationMode
     seconds: float
     kv_tokens: int  # of the request's tokens, those that travel as KV
+
+
+_seconds = attrgetter("seconds")
 
 
 class _Rate:
@@ -114,10 +117,12 @@ class CostModel:
         simpler way if two are equal. Where a mode is prescribed that one, or the fastest if it
         cannot help here (a hybrid whose latency alone takes longer than the rest)."""
         options = self.estimates(src, dst, size * self._unit, cached * self._unit)
-        allowed = [e for e in options if self._forced in ("auto", e.mode)] or options
-        best, *others = sorted(allowed, key=lambda e: e.seconds)
-        if best.mode == "hybrid" and others and best.seconds > _HYBRID_GAIN * others[0].seconds:
-            return others[0]
+        if self._forced != "auto":
+            options = [e for e in options if e.mode == self._forced] or options
+        best = min(options, key=_seconds)
+        if best.mode == "hybrid" and len(options) > 1:
+            other = min((e for e in options if e is not best), key=_seconds)
+            return best if best.seconds <= _HYBRID_GAIN * other.seconds else other
         return best
 
     def price(self) -> float:

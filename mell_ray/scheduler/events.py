@@ -197,9 +197,10 @@ Event = (
 
 
 # --- decisions out -------------------------------------------------------------------------
+# The two that there are most of are not frozen: that would make them three times as dear.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     request: str
     gpu: str
@@ -221,7 +222,7 @@ class Reject:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Migrate:
     """Start moving the request now. Room at ``dst`` is reserved in the scheduler's books until
     ``MigrationDone`` or ``MigrationFailed`` is reported; the source stays booked as well."""

@@ -65,6 +65,7 @@ class Executor:
             return False
         if request.gpu is None:
             del gpu.inbound[request]
+            gpu.touch()
             self._place(request, gpu, out)
         elif request.gpu.urgent or len(self.in_flight) < self._config.max_migrations_in_flight:
             self._depart(request, gpu, out)
@@ -82,10 +83,10 @@ class Executor:
     def _place(self, request: Request, gpu: Gpu, out: list[Decision]) -> None:
         request.gpu = gpu
         request.served = True
-        self._shares.placed(request.tag)
+        if request.tag:
+            self._shares.placed(request.tag)
         gpu.residents[request] = None
         gpu.held += request.need
-        gpu.touch()
         self._line.remove(request)
         if request.prefix:
             self._prefixes.record(gpu, request.prefix, gpu.capacity)

@@ -101,7 +101,8 @@ class Ledger:
                 if len(self.line):
                     self.line.overtake(request)
                 self.executor.place(request, gpu, out)
-                self.executor.flush(out)
+                if self.pool.retry:
+                    self.executor.flush(out)
                 if request.gpu is not None:
                     return True
         self.line.add(request, now)
@@ -112,13 +113,12 @@ class Ledger:
     def _place(self, request: Request) -> Gpu | None:
         """Where the request's prefix is cached, if that saves more than it can cost; else where
         the policy wants it."""
-        return self._where_cached(request) or self.policy.place(request)
+        cached = self._where_cached(request) if request.prefix else None
+        return cached or self.policy.place(request)
 
     def _where_cached(self, request: Request) -> Gpu | None:
         """A place that does not suit the policy costs at most one move to mend; what it saves is
         the prefill of what is cached there."""
-        if not request.prefix:
-            return None
         best: Gpu | None = None
         most = 0
         for gpu, units in self.prefixes.matches(request.prefix).items():

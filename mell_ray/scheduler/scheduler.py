@@ -216,8 +216,6 @@ class Scheduler:
             self._out.append(Reject(event.request, reason))
             return
         request = self._register(event, ledger)
-        request.prefix = event.prefix
-        request.exclude = event.exclude
         if not ledger.admit(request, self._now, self._out):
             self._out.append(Queue(request.id, "no room now"))
         ledger.settle(self._out)
@@ -225,10 +223,12 @@ class Scheduler:
     def _register(self, event: Arrive | Adopt, ledger: Ledger) -> Request:
         request = Request(event.request, ledger.pool, self._order, event.priority)
         self._order += 1
+        size, most = event.size, event.max_size
+        request.max_size = most if most > size else size
+        request.resize(size, self.config.growth_per_tick)
         if isinstance(event, Arrive):
             request.tenant, request.weight = event.tenant, event.weight
-        request.max_size = max(event.size, event.max_size)
-        request.resize(event.size, self.config.growth_per_tick)
+            request.prefix, request.exclude = event.prefix, event.exclude
         self._requests[request.id] = request
         ledger.add(request)
         return request
@@ -245,8 +245,9 @@ class Scheduler:
     def _grow(self, event: Grow) -> None:
         requests = self._requests
         for id, size in event.sizes.items():
-            request = requests.get(id)
-            if request is None:
+            try:
+                request = requests[id]
+            except KeyError:
                 self.ignored += 1
                 continue
             gpu = request.gpu

@@ -346,7 +346,8 @@ class Pool:
         Not for a request in flight: its destination is settled.
         """
         assert request.dst is None
-        self.unassign(request)
+        if request.plan is not None:
+            self.unassign(request)
         request.plan = gpu
         request.reason = reason
         self.num_used += not gpu.requests
