@@ -64,7 +64,8 @@ class _Rate:
         self.observations += 1
         if self.observations > 3:  # the first guess may be far off, later jumps are noise
             factor = min(max(factor, 1 / _OUTLIER), _OUTLIER)
-        self.value *= factor ** max(_LEARN, 1 / self.observations)
+        weight = 1 / self.observations
+        self.value *= factor ** (weight if weight > _LEARN else _LEARN)
 
 
 class CostModel:

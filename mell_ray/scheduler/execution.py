@@ -108,7 +108,7 @@ class Executor:
         assert request.dst is not None
         if request.wanted_mode is not None:
             return request.wanted_mode  # type: ignore[return-value]
-        cached = self._prefixes.match(request.dst, request.prefix)
+        cached = self._prefixes.match(request.dst, request.prefix) if request.prefix else 0
         return self._cost.choose(src, request.dst, request.size, cached).mode
 
     def arrived(self, request: Request) -> None:

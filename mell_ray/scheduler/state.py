@@ -236,7 +236,9 @@ class Pool:
 
     def used(self) -> list[Gpu]:
         """GPUs that take requests and have some, fullest first."""
-        return [gpu for gpu in self.indexed() if gpu.requests]
+        slots = self.slots
+        gpus = [slots[key & _SLOT_MASK] for key in self.keys]
+        return [gpu for gpu in gpus if gpu is not None and gpu.requests]
 
     # --- index -----------------------------------------------------------------------------
 
