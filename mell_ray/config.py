@@ -77,6 +77,13 @@ class EngineConfig(_Strict):
         default=None, ge=1, description="Exact number of KV blocks, whatever the memory."
     )
     num_threads: int = Field(default=1, ge=1, description="Compute threads of a CPU replica.")
+    weight_copies_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the host's free memory that a CPU replica may take for faster "
+        "layouts of bfloat16 weights, up to two, each as large as the weights. 0: none.",
+    )
     revision: str | None = Field(default=None, description="Hub revision of the model.")
 
     @model_validator(mode="after")

@@ -3,22 +3,29 @@
 A plain linear layer hands its weight matrix over as it is, and the library re-arranges it on each
 call: with the few rows of a decode step that costs as much as the multiplication.
 
-A CPU with AVX512-FP16 but without AMX multiplies float16 faster than bfloat16 as soon as there are
-more than a few rows (both are summed in float32). There a bfloat16 layer keeps a second copy in
-float16, which holds every such weight to within 2**-25, if no input can leave float16's range.
+A CPU with AVX512-BF16 but without AMX has half the speed of float32 in bfloat16. There a bfloat16
+layer may keep copies in float16, which holds every such weight to within 2**-25: one for few rows
+(``narrow``), and, where the CPU has AVX512-FP16 and no input can leave float16's range, one for
+many. All sum in float32. Each copy takes two bytes per weight; who makes them sees to the memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
+from mell_kernels import narrow
+
 # The layout is chosen for about this many rows; measured good from one row to a full prefill.
 _PACKED_FOR_ROWS = 32
 _HALF_FROM_ROWS = 9
+_NARROW_UP_TO_ROWS = 32
 _HALF_LARGEST = 60_000.0
 # A layer whose outputs may be larger has its weights divided by a power of two, up to this one:
 # beyond it, weights would be lost below float16's smallest.
@@ -92,6 +99,7 @@ class Linear:
         self._half: torch.Tensor | None = None
         self._half_bias: torch.Tensor | None = None
         self._shrunk = 1.0
+        self._narrow: Any = None
         if weight.device.type == "cpu" and can_pack(weight.dtype):
             self._packed = _pack(weight)
             if bound is not None and weight.dtype == torch.bfloat16 and half_is_faster():
@@ -107,12 +115,30 @@ class Linear:
             self._half = _pack((weight.float() / shrunk).half())
             self._half_bias = None if self._bias is None else (self._bias.float() / shrunk).half()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copy for few rows, whose memory nobody can share or describe."""
+        return {**self.__dict__, "_narrow": None}
+
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias as they were given."""
+        weight = self._weight if self._packed is None else self._packed.to_dense()
+        assert weight is not None
+        return weight, self._bias
+
+    def keep_narrow(self, packed: Any) -> None:
+        """Use a copy for few rows from now on, which ``narrow.pack`` has made."""
+        self._narrow = packed
+
     def input_dtype(self, rows: int) -> torch.dtype:
         """In which dtype ``rows`` rows of input are multiplied fastest."""
+        if self._narrow is not None and rows <= _NARROW_UP_TO_ROWS:
+            return torch.float32
         return torch.float16 if self._half is not None and rows >= _HALF_FROM_ROWS else self._dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` is of the weight's dtype or of ``input_dtype``, and so is the result."""
+        if self._narrow is not None and x.dtype == torch.float32:
+            return narrow.multiply(x, self._narrow)
         if self._weight is not None:
             return linear(x, self._weight, self._bias)
         if x.dtype == torch.float16:
@@ -126,6 +152,21 @@ class Linear:
             return _multiply_add(x, residual, self._packed, self._bias, "add")
         shrunk = self._shrunk if x.dtype == torch.float16 else 1.0
         return residual.add_(self(x), alpha=factor * shrunk)
+
+
+def add_narrow(linears: Sequence[Linear]) -> None:
+    """Give each a copy for few rows, if float16 can hold its weights. Each core packs a matrix at a
+    time; more at once would be more memory than the copies are."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(linears), threads):
+            packing = []
+            for linear in linears[start : start + threads]:
+                weight, bias = linear.plain()
+                if narrow.fits(weight):
+                    packing.append((linear, pool.submit(narrow.pack, weight.float(), bias)))
+            for linear, packed in packing:
+                linear.keep_narrow(packed.result())
 
 
 def largest_output(weight: torch.Tensor, bias: torch.Tensor | None, bound: Bound) -> float:

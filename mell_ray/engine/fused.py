@@ -13,9 +13,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from mell_kernels.linear import Bound, Linear, fits_half, largest_output
+from mell_kernels import narrow
+from mell_kernels.linear import (
+    Bound,
+    Linear,
+    add_narrow,
+    fits_half,
+    half_is_faster,
+    largest_output,
+)
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
+
+from mell_ray.engine.host_memory import free_bytes
 
 # Decoders made of this block, by model_type, with the activation they have been checked with.
 # None of these makes anything larger than it was, which the bounds here rely on.
@@ -85,7 +95,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class _Layer:
     """One decoder layer; takes the weights of its four matrices out of ``module``."""
 
-    def __init__(self, module: Any, index: int) -> None:
+    def __init__(self, module: Any, index: int, half: bool) -> None:
+        """``half``: whether matrices may keep copies in float16 for many rows."""
         attention, mlp = module.self_attn, module.mlp
         config = attention.config
         self._index = index
@@ -113,10 +124,15 @@ class _Layer:
         product = gate_up.largest(second, 0, self._width) * gate_up.largest(second, self._width)
         # What is gated is multiplied in the dtype of the gate.
         gated = Bound(product * self._width**0.5, product) if fits_half(product) else None
-        self._qkv = qkv.packed(first)
-        self._out = _Matrix.of(attention, "o_proj").packed(attended, may_shrink=True)
-        self._gate_up = gate_up.packed(second if gated else None)
-        self._down = _Matrix.of(mlp, "down_proj").packed(gated, may_shrink=True)
+        self._qkv = qkv.packed(first if half else None)
+        self._out = _Matrix.of(attention, "o_proj").packed(
+            attended if half else None, may_shrink=True
+        )
+        self._gate_up = gate_up.packed(second if half and gated else None)
+        self._down = _Matrix.of(mlp, "down_proj").packed(gated if half else None, may_shrink=True)
+
+    def linears(self) -> list[Linear]:
+        return [self._qkv, self._out, self._gate_up, self._down]
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Any
@@ -190,23 +206,48 @@ class _Matrix(NamedTuple):
 
 
 class FusedDecoder:
-    """Runs a whole model: ids to logits."""
+    """Runs a whole model: ids to logits.
 
-    def __init__(self, model: Any) -> None:
+    Where other layouts of bfloat16 weights are faster, it keeps them too, one for few rows and one
+    for many: each for all matrices or for none, as memory allows. Only the latter is part of what
+    is pickled; the former is made again.
+    """
+
+    def __init__(self, model: Any, copies_share: float) -> None:
+        """``copies_share``: share of the host's free memory that such copies may take."""
+        self._copies_share = copies_share
+        linears = _linears(model)
+        self._copy_nbytes = 2 * sum(linear.weight.numel() for linear in linears)
+        bf16 = all(linear.weight.dtype == torch.bfloat16 for linear in linears)
+        self._can_be_narrow = bf16 and narrow.is_faster()
+        room = copies_share * free_bytes() - self._copy_nbytes * self._can_be_narrow
+        half = bf16 and half_is_faster() and self._copy_nbytes <= room
         decoder, config = model.model, model.config
         self._embedding = decoder.embed_tokens
         self._factor = float(getattr(config, "embedding_multiplier", 1.0))
         self._divisor = float(getattr(config, "logits_scaling", 1.0))
         self._rotary = _Rotary(decoder.rotary_emb, self._embedding.weight)
-        self._layers = [_Layer(layer, i) for i, layer in enumerate(decoder.layers)]
+        self._layers = [_Layer(layer, i, half) for i, layer in enumerate(decoder.layers)]
         self._norm = _Norm(decoder.norm)
-        head, bound = model.lm_head, self._norm.bound()
+        head, bound = model.lm_head, self._norm.bound() if half else None
         tied = head.weight is self._embedding.weight
         self._head = (
             Linear(head.weight, head.bias, bound=bound)
             if tied
             else _Matrix.of(model, "lm_head").packed(bound)
         )
+        self._add_narrow()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._add_narrow()
+
+    def _add_narrow(self) -> None:
+        if self._can_be_narrow and self._copy_nbytes <= self._copies_share * free_bytes():
+            add_narrow(self.linears())
+
+    def linears(self) -> list[Linear]:
+        return [*(linear for layer in self._layers for linear in layer.linears()), self._head]
 
     def __call__(
         self,
@@ -218,7 +259,9 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``, in
         the dtype that they were computed in."""
-        x = self._embedding(input_ids).float() * self._factor
+        x = self._embedding(input_ids).float()
+        if self._factor != 1.0:
+            x = x * self._factor
         cos, sin = self._rotary.rows(position_ids, end)
         for layer in self._layers:
             x = layer(x, cos, sin, batch)
@@ -227,14 +270,15 @@ class FusedDecoder:
         return logits if self._divisor == 1.0 else logits.float() / self._divisor
 
 
-def fuse(model: PreTrainedModel) -> FusedDecoder | None:
-    """A fused ``model``, or None if it is not on a CPU or not made of Llama's block.
+def fuse(model: PreTrainedModel, copies_share: float) -> FusedDecoder | None:
+    """A fused ``model``, or None if it is not on a CPU or not made of Llama's block; see
+    ``FusedDecoder``.
 
     ``model`` gives its matrices away and cannot run any more afterwards.
     """
     if model.device.type != "cpu" or not _is_llama_block(model):
         return None
-    return FusedDecoder(model)
+    return FusedDecoder(model, copies_share)
 
 
 def _is_llama_block(model: PreTrainedModel) -> bool:
@@ -251,5 +295,9 @@ def _is_llama_block(model: PreTrainedModel) -> bool:
     # Tables reach beyond the length up to which longrope is fixed.
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("rope_type") == "longrope":
         return False
-    linears = [m for n, m in model.named_modules() if n.endswith("_proj") or n == "lm_head"]
-    return all(type(linear) is torch.nn.Linear for linear in linears)
+    return all(type(linear) is torch.nn.Linear for linear in _linears(model))
+
+
+def _linears(model: PreTrainedModel) -> list[Any]:
+    """The modules whose matrices are packed."""
+    return [m for n, m in model.named_modules() if n.endswith("_proj") or n == "lm_head"]

@@ -199,7 +199,7 @@ def load_model(
         num_parameters=model.num_parameters(),
     )
     expected = gate.plain_logits(loaded)
-    loaded.fused = fuse(model)
+    loaded.fused = fuse(model, config.weight_copies_share)
     gate.self_check(loaded, expected, config.block_size)
     return loaded
 

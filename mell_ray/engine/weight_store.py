@@ -18,17 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 
 from mell_ray.config import EngineConfig
+from mell_ray.engine.host_memory import free_bytes
 from mell_ray.engine.model import LoadedModel
 from mell_ray.engine.weight_image import ImageError, WeightImage
 
 logger = logging.getLogger(__name__)
 
-_CGROUP = Path("/sys/fs/cgroup")
 _KEPT_FREE = 0.05  # share of what is free that an image leaves alone
 
 
@@ -42,7 +41,8 @@ def image_key(source: str, config: EngineConfig, device: str) -> str:
         "source": source,
         "files": files,
         "config": config.model_dump(
-            include={"dtype", "revision", "max_model_len", "block_size"}, mode="json"
+            include={"dtype", "revision", "max_model_len", "block_size", "weight_copies_share"},
+            mode="json",
         ),
         "device": device,
         "versions": (torch.__version__, transformers.__version__),
@@ -82,7 +82,7 @@ def _load_locked(
     else:
         model = load()
         try:
-            image = WeightImage.of(model, name, _free_bytes())
+            image = WeightImage.of(model, name, int(free_bytes() * (1 - _KEPT_FREE)))
         except (ImageError, OSError) as error:
             logger.warning("weights are not shared with other replicas: %s", error)
             return model, None
@@ -172,17 +172,3 @@ def _code_age() -> list[int]:
 
     folders = [Path(__file__).parent, Path(mell_kernels.__path__[0])]
     return [max(file.stat().st_mtime_ns for file in each.glob("*.py")) for each in folders]
-
-
-def _free_bytes() -> int:
-    """Memory that an image may take: of the machine, and of the container."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        stats = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text()) - int(stats["inactive_file"])
-            free = min(free, int(limit) - used)
-    except (OSError, KeyError):
-        pass  # no limit of this kind
-    return int(free * (1 - _KEPT_FREE))

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers as hf
 from mell_kernels import linear as kernels
-from mell_kernels.linear import Bound, Linear, can_pack
+from mell_kernels import narrow
+from mell_kernels.linear import Bound, Linear, add_narrow, can_pack
 
-from mell_ray.engine import Engine, load_model
+from mell_ray.engine import Engine, fused, load_model
+from mell_ray.engine.weight_image import WeightImage
 from tests.engine.support import TINY, build, drain, generate, prompts, request, small_config
 
 WIDE = {**TINY, "head_dim": 16}
@@ -159,6 +161,69 @@ def test_no_float16_where_it_could_overflow(
     monkeypatch.setattr(kernels, "half_is_faster", lambda: True)
     subject = Linear(torch.ones(8, 8).bfloat16(), bound=bound)
     assert subject.input_dtype(512) == torch.bfloat16
+
+
+needs_narrow = pytest.mark.skipif(
+    torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="torch has no FBGEMM here"
+)
+
+
+@needs_narrow
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_copy_for_few_rows_gives_the_same(with_bias: bool) -> None:
+    """Nearer to the exact result than bfloat16's, as neither inputs nor outputs are rounded."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 40).bfloat16()
+    bias = torch.randn(48).bfloat16() if with_bias else None
+    subject, other = Linear(weight, bias), Linear(weight[:16], None)
+    add_narrow([subject, other])
+    for rows in (1, 2, 14, 15, 32):
+        assert subject.input_dtype(rows) == torch.float32
+        x, residual = torch.randn(rows, 40), torch.randn(rows, 48)
+        expected = torch.nn.functional.linear(
+            x.double(), weight.double(), None if bias is None else bias.double()
+        )
+        with torch.inference_mode():
+            torch.testing.assert_close(subject(x).double(), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other(x), x @ weight[:16].float().T, atol=1e-4, rtol=1e-4)
+            added = subject.plus(x, residual.clone(), 0.5)
+        torch.testing.assert_close(added.double(), residual + 0.5 * expected, atol=1e-4, rtol=1e-4)
+    assert subject.input_dtype(33) != torch.float32
+
+
+@needs_narrow
+def test_weights_beyond_float16_have_no_copy_for_few_rows() -> None:
+    subject = Linear(torch.full((8, 8), 1e5).bfloat16())
+    add_narrow([subject])
+    assert subject.input_dtype(1) == torch.bfloat16
+
+
+@needs_half
+@needs_narrow
+@pytest.mark.parametrize(
+    ("copies", "few", "many"),
+    [
+        (0, torch.bfloat16, torch.bfloat16),
+        (1, torch.float32, torch.bfloat16),
+        (2, torch.float32, torch.float16),
+    ],
+)
+def test_copies_stay_within_their_share_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, copies: int, few: torch.dtype, many: torch.dtype
+) -> None:
+    """All matrices have a copy or none has; also where the model comes from an image."""
+    monkeypatch.setattr(narrow, "is_faster", lambda: True)
+    monkeypatch.setattr(fused, "half_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "half_is_faster", lambda: True)
+    model = build(hf.LlamaConfig(**TINY)).bfloat16()
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    one = 2 * (weights - TINY["vocab_size"] * TINY["hidden_size"])  # but the embedding
+    monkeypatch.setattr(fused, "free_bytes", lambda: 2 * (copies * one + one // 2))
+    loaded = load_model(model, small_config(weight_copies_share=0.5))
+    for each in (loaded, WeightImage.of(loaded, "mell-weights-copies", 1 << 30).load()):
+        for linear in each.fused.linears():
+            assert linear.input_dtype(8) == few
+            assert linear.input_dtype(64) == many
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])

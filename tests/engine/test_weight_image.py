@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_not_shared(
 ) -> None:
     with pytest.raises(ImageError, match="are free"):
         WeightImage.of(tiny(), "mell-weights-test", 1000)
-    monkeypatch.setattr("mell_ray.engine.weight_store._free_bytes", lambda: 1000)
+    monkeypatch.setattr("mell_ray.engine.weight_store.free_bytes", lambda: 1000)
     model, image = load_shared("big", tiny, tmp_path)
     assert image is None
     assert model is tiny()
