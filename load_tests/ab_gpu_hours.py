@@ -78,6 +78,7 @@ QUANTILE_99 = 2.33  # of the normal distribution, in standard deviations
 class Sample:
     at_s: float
     replicas: int
+    ready: int = 0  # of them, those that take requests
 
 
 @dataclass(slots=True)
@@ -103,7 +104,8 @@ class Meter:
                 await asyncio.sleep(SAMPLE_S)
 
     def _look(self, replicas: list[dict[str, Any]], now: float) -> None:
-        self.samples.append(Sample(now, len(replicas)))
+        ready = sum(replica["state"] == "ready" for replica in replicas)
+        self.samples.append(Sample(now, len(replicas), ready))
         for replica in replicas:
             if replica["state"] == "starting":
                 self._born.setdefault(replica["id"], now)
@@ -219,6 +221,7 @@ async def measure(
         await endpoint.model(MODEL)
         sampling = asyncio.create_task(meter.run(url))
         try:
+            begin = time.monotonic()
             done = await replay(jobs, endpoint, options, model=MODEL)
             until = time.monotonic()
         finally:
@@ -231,6 +234,7 @@ async def measure(
         "capacity_tokens": meter.capacity_tokens,
         "peak_replicas": max(sample.replicas for sample in meter.samples),
         "missed_samples": meter.missed,
+        "timeline": [[round(s.at_s - begin, 1), s.replicas, s.ready] for s in meter.samples],
         **asdict(done.summary),
     }
 

@@ -23,6 +23,7 @@ from mell_ray.engine.loop import EngineLoop
 from mell_ray.engine.types import RequestState, StepOutput, TokenDelta
 from mell_ray.serving import ingress
 from mell_ray.serving.guard import Guard
+from mell_ray.serving.loading import loading_turn
 from mell_ray.serving.model_source import build_engine
 from mell_ray.serving.page import PageData
 from mell_ray.serving.runner import Job
@@ -113,7 +114,8 @@ class Replica(ingress.Ingress):
 
 
 def _engine(llm: LLMConfig) -> Engine:
-    return build_engine(llm, "cpu", share_weights=True)  # as mell-ray on a CPU
+    with loading_turn():
+        return build_engine(llm, "cpu", share_weights=True)  # both as mell-ray on a CPU
 
 
 HttpReplica = serve.ingress(ingress.app)(Replica)

@@ -35,6 +35,7 @@ from mell_ray.observability.spans import EngineSpans
 from mell_ray.observability.tracing import make_tracer
 from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.listener import Address
+from mell_ray.serving.loading import loading_turn
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
@@ -101,10 +102,11 @@ class GPUReplica(MigrationCalls):
         self._housekeeping.start()
 
     def _make_engine(self) -> Engine:
-        from mell_ray.serving.model_source import build_engine
-
         spec = self._spec
-        return build_engine(spec.llm, spec.device, share_weights=spec.share_weights)
+        with loading_turn():
+            from mell_ray.serving.model_source import build_engine
+
+            return build_engine(spec.llm, spec.device, share_weights=spec.share_weights)
 
     # --- engine thread ---------------------------------------------------------------------
 
