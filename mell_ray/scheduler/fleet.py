@@ -41,6 +41,7 @@ class Fleet:
         self._released = released
         self.starting: list[Starting] = []
         self._filling = 0  # the latest of them that something is promised to
+        self._relieved: dict[Gpu, int] = {}  # overfull GPUs, and what has been promised for them
         self.startup_s = config.startup_s
         self.wake_s = 0.0  # as learnt; 0 before any has woken
         self.asleep: dict[str, None] = {}  # ids, the one that fell asleep last at the end
@@ -80,6 +81,16 @@ class Fleet:
         self._filling = len(self.starting) - 1
         return True
 
+    def relieve(self, gpu: Gpu, stuck: int, now: float, out: list[Decision]) -> bool:
+        """As ``want`` for what is too much on ``gpu``, which says so again with every report: only
+        what has come on top since promises were last counted is promised anew."""
+        more = stuck - self._relieved.get(gpu, 0)
+        if more > 0:
+            if not self.want(more, now, out, "overflow"):
+                return False
+            self._relieved[gpu] = stuck
+        return True
+
     def _await_forecast(self, now: float) -> bool:
         """Where GPUs are opened by forecast, something that waits is no reason for one more until
         it has waited as long as a GPU takes to start: by then most of it has found room."""
@@ -102,6 +113,7 @@ class Fleet:
         if gpu in self.asleep:
             del self.asleep[gpu]
             return
+        self._relieved.clear()
         if self.starting:
             first = self._first(woken)
             took = now - first.since if took_s is None else took_s
@@ -114,6 +126,7 @@ class Fleet:
 
     def failed(self, now: float) -> None:
         """A GPU did not come; wait before the next try, longer each time."""
+        self._relieved.clear()
         if self.starting:
             self._first(False)
         self._retry_at = now + self._retry_s
@@ -131,6 +144,7 @@ class Fleet:
         for starting in self.starting:
             starting.promised = starting.requests = 0
         self._filling = 0
+        self._relieved.clear()
         for need in needs:
             self.want(need, now, out, "demand")
 

@@ -175,7 +175,7 @@ class Ledger:
             stuck = self.policy.shed(gpu) if self.config.migration_enabled else gpu.load
             if not stuck:
                 continue
-            if self.config.migration_enabled and self.fleet.want(stuck, now, out, "overflow"):
+            if self.config.migration_enabled and self.fleet.relieve(gpu, stuck, now, out):
                 continue
             self._preempt_overflow(gpu, now, out)
 

@@ -35,9 +35,10 @@ from mell_ray.serving.model_source import context_length, load_tokenizer
 from mell_ray.serving.openapi import Api, fields, generation, route
 from mell_ray.serving.page import HEADERS, PageData, status_page
 from mell_ray.serving.prefix import cacheable_block_size
+from mell_ray.serving.prepared import Prepared, ServedModel
 from mell_ray.serving.router_client import RouterClient
 from mell_ray.serving.runner import Job, Runner, check_fits
-from mell_ray.serving.service import Prepared, ServedModel, Service
+from mell_ray.serving.service import Service
 
 logger = logging.getLogger(__name__)
 

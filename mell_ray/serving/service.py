@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -20,7 +19,6 @@ from mell_ray.openai.errors import from_validation_error
 from mell_ray.openai.plan import (
     Generation,
     choice_request_id,
-    count_prompt_tokens,
     plan_chat,
     plan_completion,
 )
@@ -31,93 +29,27 @@ from mell_ray.openai.protocol import (
 )
 from mell_ray.openai.response import (
     SSE_DONE,
-    ApiFinishReason,
     ChatChunker,
     Choice,
     CompletionChunker,
     chat_response,
     completion_response,
-    finish_reason,
     model_card,
     usage,
 )
 from mell_ray.openai.structured import SCHEMA_PARAM, GrammarCheck
-from mell_ray.openai.text import TextPiece
-from mell_ray.openai.tokenizer import Tokenizer
-from mell_ray.openai.tool_calls import CallDelta, ToolCallParser
-from mell_ray.openai.tool_formats import ToolFormat
+from mell_ray.serving.choices import Runs, choice_events
+from mell_ray.serving.prepared import Prepared, ServedModel
 from mell_ray.serving.runner import Job
-from mell_ray.serving.track import Accepted
 from mell_ray.serving.wire import Share
 
 LONG_PROMPT_CHARACTERS = 10_000
-
-
-class Runs(Protocol):
-    """What generates tokens: a Runner."""
-
-    def run(self, job: Job) -> AsyncGenerator[Accepted, None]: ...
 
 
 class Limits(Protocol):
     """Refuses a job that no replica of its model can hold."""
 
     async def check(self, job: Job) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model as the ingress knows it."""
-
-    model_id: str
-    tokenizer: Tokenizer
-    max_model_len: int
-    created: int
-    tool_format: ToolFormat | None = None  # None: it cannot call tools
-
-
-@dataclass(slots=True)
-class ChoiceEvent:
-    """What one choice has to add; ``reason`` with its last event."""
-
-    index: int
-    piece: TextPiece
-    reason: ApiFinishReason | None
-    calls: Sequence[CallDelta] = ()  # found in the text, which then is not in ``piece``
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A validated request, ready to run."""
-
-    request_id: str
-    created: int
-    model: ServedModel
-    request: GenerationRequest
-    generations: Sequence[Generation]
-    jobs: Sequence[Job]
-    wants_trace: bool = False
-    span: Any = None  # OpenTelemetry's; None: not traced
-
-    @property
-    def response_id(self) -> str:
-        """The ``id`` of the response body, with OpenAI's prefix."""
-        prefix = "chatcmpl" if isinstance(self.request, ChatCompletionRequest) else "cmpl"
-        return f"{prefix}-{self.request_id}"
-
-    def trace(self) -> dict[str, Any]:
-        """Where the time of each choice went, once all have ended."""
-        return {
-            "request_id": self.request_id,
-            "choices": [
-                {"index": generation.choice_index, **job.clock.breakdown()}
-                for generation, job in zip(self.generations, self.jobs, strict=True)
-            ],
-        }
-
-    @property
-    def prompt_tokens(self) -> int:
-        return count_prompt_tokens(self.generations)
 
 
 class Service:
@@ -230,7 +162,7 @@ class Service:
             Choice(generation.choice_index, echo=generation.echo, logprobs=wants_logprobs)
             for generation in prepared.generations
         ]
-        async with aclosing(self.events(prepared)) as events:
+        async with aclosing(choice_events(self._runs, prepared)) as events:
             async for event in events:
                 choices[event.index].add(event.piece)
                 for call in event.calls:
@@ -265,7 +197,7 @@ class Service:
             include_usage=request.include_usage,
         )
         completion_tokens = 0
-        async with aclosing(self.events(prepared)) as events:
+        async with aclosing(choice_events(self._runs, prepared)) as events:
             greeted = False
             async for event in events:
                 head = b""
@@ -286,77 +218,6 @@ class Service:
             tail = chunker.usage(prepared.prompt_tokens, completion_tokens) + tail
         yield tail
 
-    def events(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
-        """Events of all choices as they come; closing it drops what still runs."""
-        several = len(prepared.jobs) > 1
-        events = self._merged(prepared) if several else self._choice(prepared, 0)
-        return events if prepared.span is None else self._traced(prepared, events)
-
-    async def _traced(
-        self, prepared: Prepared, events: AsyncGenerator[ChoiceEvent, None]
-    ) -> AsyncGenerator[ChoiceEvent, None]:
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    yield event
-        finally:
-            prepared.span.end()
-
-    async def _merged(self, prepared: Prepared) -> AsyncGenerator[ChoiceEvent, None]:
-        """Events of several choices that run at once."""
-        queue: asyncio.Queue[ChoiceEvent | BaseException | None] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._feed(prepared, i, queue)) for i in range(len(prepared.jobs))
-        ]
-        try:
-            running = len(tasks)
-            while running:
-                item = await queue.get()
-                if isinstance(item, ChoiceEvent):
-                    yield item
-                elif item is None:
-                    running -= 1
-                else:
-                    raise item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _feed(
-        self,
-        prepared: Prepared,
-        index: int,
-        queue: asyncio.Queue[ChoiceEvent | BaseException | None],
-    ) -> None:
-        try:
-            async with aclosing(self._choice(prepared, index)) as events:
-                async for event in events:
-                    queue.put_nowait(event)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    async def _choice(self, prepared: Prepared, index: int) -> AsyncGenerator[ChoiceEvent, None]:
-        """One choice from tokens to text; stops the request where a stop string is complete."""
-        generation = prepared.generations[index]
-        text = generation.open_text(prepared.model.tokenizer)
-        tools = generation.open_tools(prepared.request_id)
-        async with aclosing(self._runs.run(prepared.jobs[index])) as accepted:
-            async for delta in accepted:
-                piece = text.push(delta.token_ids, delta.logprobs)
-                reason: ApiFinishReason | None = "stop" if piece.stopped else None
-                if reason is None and delta.finish_reason is not None:
-                    last = text.finish()
-                    reason = "stop" if last.stopped else _reason(delta)
-                    piece = _join(piece, last)
-                event = ChoiceEvent(index, piece, reason)
-                if tools is not None:
-                    event = _with_calls(event, tools)
-                yield event
-                if event.reason is not None:
-                    return
-
     def _model(self, name: str) -> ServedModel:
         model = self._models.get(name)
         if model is None:
@@ -370,7 +231,7 @@ class Service:
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[dict[str, Any], None]:
         """Plain events for Python callers: text and tokens of choice 0 as they come."""
-        async with aclosing(self.events(prepared)) as events:
+        async with aclosing(choice_events(self._runs, prepared)) as events:
             async for event in events:
                 yield {
                     "index": event.index,
@@ -424,30 +285,4 @@ def _greeting(chunker: ChatChunker | CompletionChunker, prepared: Prepared) -> b
         chunker.echo(generation.choice_index, generation.echo)
         for generation in prepared.generations
         if generation.echo
-    )
-
-
-def _reason(delta: Accepted) -> ApiFinishReason:
-    assert delta.finish_reason is not None
-    return finish_reason(delta.finish_reason, delta.error)
-
-
-def _with_calls(event: ChoiceEvent, tools: ToolCallParser) -> ChoiceEvent:
-    """Tell calls from text. What makes calls ends with them, unless it was cut."""
-    parsed = tools.push(event.piece.text)
-    content, calls = parsed.content, parsed.calls
-    reason = "stop" if tools.complete and event.reason is None else event.reason
-    if reason is not None:
-        last = tools.finish()
-        content, calls = content + last.content, calls + last.calls
-    if reason == "stop" and tools.num_calls:
-        reason = "tool_calls"
-    return ChoiceEvent(event.index, replace(event.piece, text=content), reason, calls)
-
-
-def _join(first: TextPiece, second: TextPiece) -> TextPiece:
-    return TextPiece(
-        first.text + second.text,
-        [*first.token_ids, *second.token_ids],
-        [*first.logprobs, *second.logprobs],
     )

@@ -70,6 +70,19 @@ def test_one_start_serves_several_waiting_requests() -> None:
     assert world.where["d"] == "g1"
 
 
+def test_a_gpu_that_reports_again_that_it_is_overfull_does_not_ask_for_another() -> None:
+    world = make_world(instant_gpus=False, growth_per_tick=4)
+    world.arrive("a", 40)
+    world.start_gpu()
+    world.arrive("b", 40)
+    for size in (47, 47, 48, 48):
+        world.send(Grow({"a": size, "b": size}))
+    assert world.starting == ["m"]
+    world.start_gpu()
+    assert set(world.where.values()) == {"g0", "g1"}
+    world.check()
+
+
 def test_gpus_that_hold_few_requests_are_asked_for_all_at_once() -> None:
     world = make_world(instant_gpus=False)
     world.send(GpuReady("x", "m", 100, max_requests=2))
