@@ -243,6 +243,14 @@ class AcquireGpu:
 
 
 @dataclass(frozen=True, slots=True)
+class WithdrawGpu:
+    """One GPU that was asked for need not come, the latest if they are alike; the scheduler counts
+    on it no longer. If all have come meanwhile, nothing is to be done."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseGpu:
     """The GPU is empty and superfluous; the scheduler has already forgotten it. ``sleep``: it is
     to sleep, and counts as a sleeping one from now on."""
@@ -259,4 +267,4 @@ class Preempt:
     gpu: str
 
 
-Decision = Place | Queue | Reject | Migrate | AcquireGpu | ReleaseGpu | Preempt
+Decision = Place | Queue | Reject | Migrate | AcquireGpu | WithdrawGpu | ReleaseGpu | Preempt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from mell_ray.scheduler.config import SchedulerConfig
-from mell_ray.scheduler.events import AcquireGpu, Decision, ReleaseGpu
+from mell_ray.scheduler.events import AcquireGpu, Decision, ReleaseGpu, WithdrawGpu
 from mell_ray.scheduler.state import Gpu, Pool
 
 _FIRST_RETRY_S = 1.0
@@ -16,13 +16,14 @@ _LOOK_BACK = 16  # of the starting GPUs with promises, the latest that are looke
 class Starting:
     """A GPU that was asked for and is not there yet."""
 
-    __slots__ = ("promised", "requests", "since", "wakes")
+    __slots__ = ("needless_since", "promised", "requests", "since", "wakes")
 
     def __init__(self, since: float, wakes: bool) -> None:
         self.since = since
         self.wakes = wakes  # it slept
         self.promised = 0  # of its capacity, to requests that will need it
         self.requests = 0  # how many these are
+        self.needless_since: float | None = None  # since when nothing has been promised to it
 
 
 class Fleet:
@@ -156,21 +157,52 @@ class Fleet:
         if not busy:
             self._short_since = None
         idle = self._idle(now, out)
-        unpromised = sum(not s.promised for s in self.starting)
+        unpromised = self._unpromised(now)
         least = max(self._pool.limits.min_gpus, 0 if self.contended else self.foreseen)
         spares = 0 if self.contended else self._config.spare_gpus
         grace_s = 0.0 if self.contended else self._config.idle_grace_s
         while self.can_grow(now) and (self.total() < least or len(idle) + unpromised < spares):
             self._acquire(now, out, "minimum" if self.total() < least else "spare")
             unpromised += 1
+        self._withdraw(now, len(idle) + unpromised - spares, least, grace_s, out)
         if busy:
             return
         idle.sort(key=lambda g: (self._pool.by_node.get(g.node, 0), g.idle_since, -g.slot))
+        unpromised = self._unpromised(now)
         surplus = min(len(idle) + unpromised - spares, self.total() - least)
         for gpu in idle[: max(0, surplus)]:
             assert gpu.idle_since is not None
             if now - gpu.idle_since >= grace_s:
                 self._release(gpu, out)
+
+    def _unpromised(self, now: float) -> int:
+        """Starting GPUs that nothing waits for."""
+        count = 0
+        for starting in self.starting:
+            if starting.promised:
+                starting.needless_since = None
+                continue
+            count += 1
+            if starting.needless_since is None:
+                starting.needless_since = now
+        return count
+
+    def _withdraw(
+        self, now: float, surplus: int, least: int, grace_s: float, out: list[Decision]
+    ) -> None:
+        """Those that start and have been needless as long as an empty GPU is kept need not come.
+        One that wakes is there sooner than it could be stopped."""
+        for starting in reversed(self.starting.copy()):
+            if self.total() <= least:
+                starting.needless_since = now  # the minimum needs it
+                continue
+            since = starting.needless_since
+            if surplus <= 0 or since is None or starting.wakes or now - since < grace_s:
+                continue
+            self.starting.remove(starting)
+            self._filling = 0
+            surplus -= 1
+            out.append(WithdrawGpu(self._pool.model))
 
     def release_emptied(self, busy: bool, out: list[Decision]) -> None:
         """GPUs that have just become empty and need not wait for the next tick."""

@@ -70,6 +70,7 @@ class Replica:
     avoids: frozenset[str] = frozenset()  # nodes that it was not to be started on
     outdated: bool = False  # of other settings than today's
     withdrawn: bool = False  # killed while it started, as it was no longer wanted like this
+    needless: bool = False  # killed while it started, as none is wanted any more
 
 
 class Fleet:

@@ -29,6 +29,7 @@ from mell_ray.scheduler.events import (
     Reject,
     ReleaseGpu,
     Tick,
+    WithdrawGpu,
 )
 from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import ASLEEP, Replica
@@ -106,6 +107,8 @@ class Router:
                 self._watch.open(model_id)
             case AcquireGpu(model_id, wake=str(replica_id)):
                 self._core.spawn(self._sleepers.wake(replica_id, model_id))
+            case WithdrawGpu(model_id):
+                self._watch.withdraw(model_id)
             case ReleaseGpu(replica_id, sleep=True):
                 self._core.spawn(self._sleepers.put_to_sleep(replica_id))
             case ReleaseGpu(replica_id):

@@ -103,6 +103,21 @@ class Watch:
         """Ask Ray for one more replica."""
         self.start(self._core.fleet.create(model_id))
 
+    def withdraw(self, model_id: str) -> None:
+        """One of the model's replicas that start need not come: the latest, which is the furthest
+        from being ready."""
+        starting = [
+            replica
+            for replica in self._core.fleet.replicas.values()
+            if replica.model_id == model_id and replica.state == "starting" and replica.info is None
+        ]
+        if not starting:
+            return
+        last = max(starting, key=lambda replica: replica.asked_s)
+        last.needless = True
+        logger.info("replica %s is not needed any more", last.replica_id)
+        self._core.fleet.kill(last.replica_id)
+
     def start(self, replica: Replica) -> None:
         """Follow a replica from its request on."""
         self._core.spawn(self._start(replica))
@@ -184,6 +199,8 @@ class Watch:
         try:
             await self._core.fleet.wait_ready(replica)
         except ServerError as error:
+            if replica.needless:
+                return
             if replica.withdrawn:
                 self._core.handle(AcquireFailed(replica.model_id, "withdrawn"))
                 return

@@ -44,8 +44,12 @@ class SimFleet:
         self._requests[gpu] = 0
 
     def release(self, gpu: str) -> None:
-        node = self._node_of.pop(gpu)
         del self._requests[gpu]
+        self.withdraw(gpu)
+
+    def withdraw(self, gpu: str) -> None:
+        """A GPU that is not open, or not any more, is paid for no longer."""
+        node = self._node_of.pop(gpu)
         self._on_node[node] -= 1
         if not self._on_node[node]:
             del self._on_node[node]

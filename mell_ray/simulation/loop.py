@@ -29,6 +29,7 @@ from mell_ray.scheduler.events import (
     Reject,
     ReleaseGpu,
     Tick,
+    WithdrawGpu,
 )
 from mell_ray.scheduler.prefixes import PrefixIndex
 from mell_ray.simulation.fleet import SimFleet
@@ -269,6 +270,8 @@ class Simulation:
                     self._migrate(decision)
                 case AcquireGpu():
                     self._after(self.options.startup_s, self._ready(*self.fleet.acquire()))
+                case WithdrawGpu():
+                    self._withdraw()
                 case ReleaseGpu(gpu):
                     self._emit("gpu_close", gpu=gpu)
                     self.fleet.release(gpu)
@@ -292,6 +295,17 @@ class Simulation:
             return
         self._sequence += 1
         heapq.heappush(self._later, (self.now + seconds, self._sequence, event))
+
+    def _withdraw(self) -> None:
+        """The GPU that was asked for last does not come."""
+        starting = [entry for entry in self._later if isinstance(entry[2], GpuReady)]
+        if not starting:
+            return
+        last = max(starting, key=lambda entry: entry[1])
+        self._later.remove(last)
+        heapq.heapify(self._later)
+        assert isinstance(last[2], GpuReady)
+        self.fleet.withdraw(last[2].gpu)
 
     def _place(self, live: _Live, gpu: str) -> None:
         live.gpu = gpu

@@ -83,6 +83,31 @@ def test_a_gpu_that_reports_again_that_it_is_overfull_does_not_ask_for_another()
     world.check()
 
 
+def test_a_gpu_that_is_not_needed_any_more_does_not_come() -> None:
+    world = make_world(instant_gpus=False, idle_grace_s=5.0)
+    for name in "ab":
+        world.arrive(name, 80)
+    assert world.starting == ["m", "m"]
+    world.finish("b")
+    world.tick()
+    world.tick(4.0)
+    assert world.starting == ["m", "m"]
+    world.tick(2.0)
+    assert world.starting == ["m"]
+    world.tick(20.0)
+    assert world.starting == ["m"], "one that a request waits for was withdrawn"
+    world.start_gpu()
+    assert world.where == {"a": "g0"}
+    world.check()
+
+
+def test_the_minimum_is_never_withdrawn() -> None:
+    world = make_world(min_gpus=1, instant_gpus=False, idle_grace_s=5.0)
+    for _ in range(3):
+        world.tick(10.0)
+    assert world.starting == ["m"]
+
+
 def test_gpus_that_hold_few_requests_are_asked_for_all_at_once() -> None:
     world = make_world(instant_gpus=False)
     world.send(GpuReady("x", "m", 100, max_requests=2))

@@ -26,6 +26,7 @@ from mell_ray.scheduler.events import (
     Reject,
     ReleaseGpu,
     Tick,
+    WithdrawGpu,
 )
 
 CAPACITY = 100
@@ -87,6 +88,8 @@ class World:
                 if self.instant_gpus:
                     return self._gpu_event(model)
                 self.starting.append(model)
+            case WithdrawGpu(model):
+                self.starting.remove(model)
             case ReleaseGpu(gpu):
                 assert gpu not in self.where.values(), f"{gpu} released with requests on it"
                 assert gpu not in [m.dst for m in self.moving.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -54,6 +55,28 @@ def test_fleet_grows_from_nothing_to_its_maximum_and_back(app: App) -> None:
     assert [r.json()["usage"]["completion_tokens"] for r in responses] == [250] * 8
     assert most == 2
     app.wait(lambda s: s["replicas"] == [], "idle replicas were not released")
+
+
+def test_a_replica_that_nobody_waits_for_any_more_does_not_come(app: App) -> None:
+    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": 4, "stream": True}
+    states: set[str] = set()
+
+    async def leave_early() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            url = f"{app.url}/v1/completions"
+            request = asyncio.create_task(client.post(url, json=body))
+            while "starting" not in states:
+                state = (await client.get(f"{app.url}/mell/v1/state")).json()
+                states.update(replica["state"] for replica in state["replicas"])
+            request.cancel()
+
+    def gone(state: dict[str, Any]) -> bool:
+        states.update(replica["state"] for replica in state["replicas"])
+        return not state["replicas"]
+
+    asyncio.run(leave_early())
+    app.wait(gone, "the replica was not withdrawn")
+    assert states == {"starting"}
 
 
 def test_spare_replicas_are_there_before_the_load(deploy) -> None:
