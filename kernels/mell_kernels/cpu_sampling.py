@@ -5,6 +5,7 @@ Work that only some parameters need is done only for the rows that ask for it.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from mell_kernels.rows import SamplingRows
@@ -24,6 +25,14 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     elif len(drawn) > 0:
         tokens[drawn] = _draw(logits[drawn], rows.select(drawn))
     return tokens.masked_fill(~usable, -1)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """See ``ops.likeliest``. numpy's calls are shorter than torch's."""
+    ids = row_argmax(logits)
+    best = logits[torch.arange(len(ids)), ids].float().numpy()
+    usable = np.isfinite(best)
+    return ids if usable.all() else ids.masked_fill_(torch.from_numpy(~usable), -1)
 
 
 def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

@@ -140,6 +140,8 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """What ``sample`` draws at temperature 0, of logits of any floating type."""
+    if not _has_kernels(logits):
+        return cpu_sampling.likeliest(logits)
     tokens = row_argmax(logits)
     usable = logits.gather(1, tokens[:, None])[:, 0].isfinite()
     return tokens.masked_fill_(~usable, -1)

@@ -21,8 +21,9 @@ from mell_kernels.linear import (
     fits_half,
     half_is_faster,
     largest_output,
+    padded_rows,
 )
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from transformers import PreTrainedModel
 
 from mell_ray.engine.host_memory import free_bytes
@@ -137,12 +138,13 @@ class _Layer:
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Any
     ) -> torch.Tensor:
-        """``x``: the residual stream, ``[T, hidden]`` float32; may be overwritten."""
-        rows = len(x)
-        qkv = self._qkv(self._norm_1(x, self._qkv.input_dtype(rows)))
+        """``x``: the residual stream, ``[T or more, hidden]`` float32; may be overwritten. What
+        follows its first T rows is computed and has no meaning."""
+        tokens, rows = len(cos), len(x)
+        qkv = self._qkv(self._norm_1(x, self._qkv.input_dtype(rows)))[:tokens]
         if qkv.dtype != self._dtype:
             qkv = qkv.float().to(self._dtype)  # the direct way is several times slower
-        qkv = qkv.view(rows, -1, self._head_dim)
+        qkv = qkv.view(tokens, -1, self._head_dim)
         rotated = self._heads + self._kv_heads
         if not self._rotates:
             query, key = qkv[:, : self._heads], qkv[:, self._heads : rotated]
@@ -161,11 +163,17 @@ class _Layer:
             window=self._window,
             softcap=None,
             sinks=None,
-        ).reshape(rows, -1)
-        x = self._out.plus(attended.to(self._out.input_dtype(rows)), x, self._factor)
+        ).reshape(tokens, -1)
+        attended = _with_rows(attended.to(self._out.input_dtype(rows)), rows)
+        x = self._out.plus(attended, x, self._factor)
         both = self._gate_up(self._norm_2(x, self._gate_up.input_dtype(rows)))
         gated = self._activation(both[:, : self._width]).mul_(both[:, self._width :])
         return self._down.plus(gated.to(self._down.input_dtype(rows)), x, self._factor)
+
+
+def _with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows of zeros added to make ``rows`` of them."""
+    return x if len(x) == rows else pad(x, (0, 0, 0, rows - len(x)))
 
 
 def _window(attention: Any) -> int | None:
@@ -259,14 +267,16 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``, in
         the dtype that they were computed in."""
-        x = self._embedding(input_ids).float()
+        x = _with_rows(self._embedding(input_ids).float(), padded_rows(len(input_ids)))
         if self._factor != 1.0:
             x = x * self._factor
         cos, sin = self._rotary.rows(position_ids, end)
         for layer in self._layers:
             x = layer(x, cos, sin, batch)
         last = x.index_select(0, logits_rows)
+        last = _with_rows(last, padded_rows(len(last)))
         logits = self._head(self._norm(last, self._head.input_dtype(len(last))))
+        logits = logits[: len(logits_rows)]
         return logits if self._divisor == 1.0 else logits.float() / self._divisor
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from mell_kernels import linear as kernels
 from mell_kernels import narrow
-from mell_kernels.linear import Bound, Linear, add_narrow, can_pack
+from mell_kernels.linear import Bound, Linear, add_narrow, can_pack, padded_rows
 
 from mell_ray.engine import Engine, fused, load_model
 from mell_ray.engine.weight_image import WeightImage
@@ -63,6 +63,24 @@ def test_same_tokens_as_transformers(name: str) -> None:
     subject = Engine(loaded, config)
     for i, prompt in enumerate(asked):
         subject.add(request(f"r{i}", prompt, 20, arrival_s=i))
+    client = drain(subject)
+    assert [client.tokens[f"r{i}"] for i in range(4)] == expected
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3", "granite"])
+def test_rows_that_fill_a_wide_step_up_change_nothing(name: str) -> None:
+    """Wide steps come in few sizes, so that few products are compiled and kept."""
+    sizes = {padded_rows(rows) for rows in range(1, 513)}
+    assert len(sizes) < 80
+    assert all(0 <= padded_rows(rows) - rows < 16 for rows in range(1, 513))
+    model = build(CONFIGS[name]())
+    model.set_attn_implementation("eager")
+    asked = [(prompts(1, seed=i)[0] * 40)[:length] for i, length in enumerate((33, 57, 90, 121))]
+    expected = [generate(model, prompt, 6) for prompt in asked]
+    config = small_config(max_num_batched_tokens=150, num_gpu_blocks_override=100)
+    subject = Engine(load_model(model, config), config)
+    for i, prompt in enumerate(asked):
+        subject.add(request(f"r{i}", prompt, 6, arrival_s=i))
     client = drain(subject)
     assert [client.tokens[f"r{i}"] for i in range(4)] == expected
 
