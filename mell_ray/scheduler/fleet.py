@@ -164,7 +164,9 @@ class Fleet:
         while self.can_grow(now) and (self.total() < least or len(idle) + unpromised < spares):
             self._acquire(now, out, "minimum" if self.total() < least else "spare")
             unpromised += 1
-        self._withdraw(now, len(idle) + unpromised - spares, least, grace_s, out)
+        # Until then, one that is needed again would have to start anew: dearer than to let it come.
+        patience_s = 0.0 if self.contended else max(grace_s, self.startup_s)
+        self._withdraw(now, len(idle) + unpromised - spares, least, patience_s, out)
         if busy:
             return
         idle.sort(key=lambda g: (self._pool.by_node.get(g.node, 0), g.idle_since, -g.slot))
@@ -188,16 +190,16 @@ class Fleet:
         return count
 
     def _withdraw(
-        self, now: float, surplus: int, least: int, grace_s: float, out: list[Decision]
+        self, now: float, surplus: int, least: int, patience_s: float, out: list[Decision]
     ) -> None:
-        """Those that start and have been needless as long as an empty GPU is kept need not come.
-        One that wakes is there sooner than it could be stopped."""
+        """Those that start and have been needless for ``patience_s`` need not come. One that wakes
+        is there sooner than it could be stopped."""
         for starting in reversed(self.starting.copy()):
             if self.total() <= least:
                 starting.needless_since = now  # the minimum needs it
                 continue
             since = starting.needless_since
-            if surplus <= 0 or since is None or starting.wakes or now - since < grace_s:
+            if surplus <= 0 or since is None or starting.wakes or now - since < patience_s:
                 continue
             self.starting.remove(starting)
             self._filling = 0
