@@ -44,6 +44,7 @@ os.environ.update(
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
+from left_over import left_over  # noqa: E402
 from ray import serve  # noqa: E402
 
 from mell_ray.bench.processes import APP, private_bytes, processes  # noqa: E402
@@ -114,7 +115,7 @@ class Chaos:
         self._stop = True
         await asyncio.gather(*clients)
         watch.cancel()
-        left = await self._left_over()
+        left = await left_over(self._client, self._url, APP)
         await self._client.aclose()
         memory = self._memory_told()
         return {
@@ -230,46 +231,6 @@ class Chaos:
             if (summary := samples.told()) is not None
         ]
         return sorted(told, key=lambda entry: -entry["mib_per_minute"])
-
-    async def _left_over(self) -> dict[str, Any]:
-        """What is still anywhere a minute after the last client, and broken rules."""
-        deadline = time.monotonic() + 60
-        while True:
-            state = await self._state(deadline)
-            blocks = sum(replica["used_blocks"] for replica in state["replicas"])
-            left = len(state["requests"]) + len(state["queued"])
-            if not blocks + left or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.2)
-        broken = []
-        for replica in state["replicas"]:
-            if replica["state"] == "ready":
-                actor = ray.get_actor(replica["id"], namespace=f"mell.{APP}")
-                try:
-                    await actor.check.remote()
-                except ray.exceptions.RayError as error:
-                    broken.append(f"{replica['id']}: {error}")
-        return {
-            "leaked_blocks": blocks,
-            "leaked_requests": left,
-            "broken_books": broken,
-            "violations": state["exactly_once_violations"],
-        }
-
-    async def _state(self, deadline: float) -> dict[str, Any]:
-        """What the server says of itself; it may just be coming back.
-
-        Raises:
-            httpx.HTTPError: it does not answer until ``deadline``.
-        """
-        while True:
-            try:
-                answer = await self._client.get(f"{self._url}/mell/v1/state")
-                return answer.raise_for_status().json()
-            except httpx.HTTPError:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.2)
 
 
 def _reason(status: int, body: bytes) -> str:

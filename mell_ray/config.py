@@ -203,6 +203,15 @@ class MigrationConfig(_Strict):
         le=1,
         description="Share of step time that copying blocks may take while others decode.",
     )
+    slowdown: float = Field(
+        default=0.04,
+        gt=0,
+        le=1,
+        description="By how much moves that can wait may slow the other requests of a replica "
+        "down, in the long run; 1: without limit. What their copies and messages take is measured, "
+        "and the replica is then left alone until this share is kept. Moves for want of room, of "
+        "an operator, or from a node that must go do not wait.",
+    )
 
 
 class FleetConfig(_Strict):

@@ -101,19 +101,30 @@ def migration(
     quick: Annotated[
         bool, typer.Option(help="A tenth of the work: to see that it runs, not for figures.")
     ] = False,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this part; repeatable: transport, kv, token, hybrid, others, choice."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
 ) -> None:
     """What live migration costs: stalls, other requests, transport, choice of a mode.
 
     Starts Ray and two CPU replicas of a random model of 50 million parameters on this machine;
-    takes about five minutes. Run it on an otherwise idle machine.
+    takes about eight minutes. Run it on an otherwise idle machine.
     """
-    from mell_ray.bench.migration import MigrationBenchOptions, measure
+    from mell_ray.bench.migration import PARTS, MigrationBenchOptions, measure
 
-    options = MigrationBenchOptions(dtype=dtype, seed=seed)
+    parts = tuple(part or PARTS)
+    for name in parts:
+        if name not in PARTS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(PARTS)}", param_hint="--part")
+    options = MigrationBenchOptions(parts, dtype=dtype, seed=seed)
     if quick:
         options = MigrationBenchOptions(
+            parts,
             kv_moves=6,
             token_moves=4,
             windows=1,

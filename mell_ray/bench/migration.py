@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mell_ray.bench.beside import measure_beside
 from mell_ray.bench.load import Load
 from mell_ray.bench.local_ray import OnPhase, random_model_on_local_ray
 from mell_ray.bench.machine import machine, versions
@@ -34,18 +36,30 @@ VOCABULARY = 32000
 STALL_CONTEXTS = (256, 1024, 4096)
 TOKENS_BETWEEN_MOVES = 12
 OTHERS = 3  # requests of 128 + 64 tokens kept running on each replica
+PARTS = ("transport", "kv", "token", "hybrid", "others", "choice")
+FIGURES = {  # which figure of which part stands for it
+    "kv_stall_gaps_p50": ("kv", "gaps_p50"),
+    "token_stall_gaps_p50": ("token", "gaps_p50"),
+    "stall_flatness": ("kv", "flatness"),
+    "throughput_ratio": ("others", "throughput_ratio"),
+    "migrations_per_s": ("others", "migrations_per_s"),
+    "p99_ttft_ratio": ("others", "p99_ttft_ratio"),
+    "transport_memcpy_ratio": ("transport", "ratio"),
+    "mode_choice_accuracy": ("choice", "accuracy"),
+}
 EQUAL_WITHIN = 1.05  # two modes whose times differ by less are equally fast
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationBenchOptions:
-    """``kv_moves``: all contexts together. ``windows`` pairs of ``window_s``, with and without
-    migrations in turn. ``dtype``: as for engines."""
+    """``parts``: of ``PARTS``. ``kv_moves``: all contexts together. ``windows``: pairs of
+    ``window_s``, see ``beside``. ``dtype``: as for engines."""
 
+    parts: tuple[str, ...] = PARTS
     kv_moves: int = 51
     token_moves: int = 24
-    windows: int = 3
-    window_s: float = 8.0
+    windows: int = 8
+    window_s: float = 4.0
     transfers: int = 9
     grid_contexts: tuple[int, ...] = (256, 1024, 3072)
     grid_bytes_per_s: tuple[float, ...] = (2e6, 10e6, 50e6, 1e9)
@@ -69,31 +83,23 @@ async def _measure(
         on_phase("starting two replicas")
         await rig.open(2)
         started = time.monotonic()
-        transport = await bench.transport()
-        kv = await bench.stalls("kv", STALL_CONTEXTS, options.kv_moves)
-        token = await bench.stalls("token", STALL_CONTEXTS[:2], options.token_moves)
-        hybrid = await bench.stalls("hybrid", STALL_CONTEXTS[:2], options.token_moves)
-        others = await bench.others()
-        choice = await bench.choice()
+        run: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
+            "transport": bench.transport,
+            "kv": lambda: bench.stalls("kv", STALL_CONTEXTS, options.kv_moves),
+            "token": lambda: bench.stalls("token", STALL_CONTEXTS[:2], options.token_moves),
+            "hybrid": lambda: bench.stalls("hybrid", STALL_CONTEXTS[:2], options.token_moves),
+            "others": bench.others,
+            "choice": bench.choice,
+        }
+        details = {part: await run[part]() for part in PARTS if part in options.parts}
         await rig.check()
     finally:
         rig.close()
     return {
-        "kv_stall_gaps_p50": kv["gaps_p50"],
-        "token_stall_gaps_p50": token["gaps_p50"],
-        "stall_flatness": kv["flatness"],
-        "throughput_ratio": others["throughput_ratio"],
-        "p99_ttft_ratio": others["p99_ttft_ratio"],
-        "transport_memcpy_ratio": transport["ratio"],
-        "mode_choice_accuracy": choice["accuracy"],
-        "details": {
-            "kv": kv,
-            "token": token,
-            "hybrid": hybrid,
-            "others": others,
-            "transport": transport,
-            "choice": choice,
+        **{
+            figure: details[part][key] for figure, (part, key) in FIGURES.items() if part in details
         },
+        "details": details,
         "violations": bench.violations,
         "duration_s": time.monotonic() - started,
         "machine": machine(),
@@ -158,44 +164,17 @@ class _Bench:
     # --- what other requests see ------------------------------------------------------------
 
     async def others(self) -> dict[str, Any]:
-        """Windows with and without back-to-back migrations of one request, in turn; that request
-        runs in both kinds."""
         self._on_phase("other requests, with and without migrations beside them")
         moved = await self._running(512, 7000)
-        rates: dict[bool, list[float]] = {False: [], True: []}
-        ttfts: dict[bool, list[float]] = {False: [], True: []}
-        migrations = 0
         async with self._load((0, 1)) as load:
-            await asyncio.sleep(2.0)
-            for window in range(2 * self._options.windows):
-                migrating = window % 2 == 1
-                mark, started = load.mark(), time.monotonic()
-                mover = asyncio.create_task(self._move_on(moved)) if migrating else None
-                await asyncio.sleep(self._options.window_s)
-                tokens, ttft = load.since(mark)
-                rates[migrating].append(tokens / (time.monotonic() - started))
-                ttfts[migrating] += ttft
-                if mover is not None:
-                    self._stop = True
-                    migrations += await mover
+            found = await measure_beside(
+                load, moved, self._move_on, self._options.windows, self._options.window_s
+            )
         await self._end(moved)
-        p99 = {key: float(np.percentile(values, 99)) for key, values in ttfts.items()}
-        return {
-            "throughput_ratio": sum(rates[True]) / sum(rates[False]),
-            "p99_ttft_ratio": p99[True] / p99[False],
-            "tokens_per_s_with": rates[True],
-            "tokens_per_s_without": rates[False],
-            "p99_ttft_s_with": p99[True],
-            "p99_ttft_s_without": p99[False],
-            "migrations": migrations,
-        }
+        return found
 
-    async def _move_on(self, watched: Watched) -> int:
-        self._stop, count = False, 0
-        while not self._stop:
-            await self._move(watched, "kv")
-            count += 1
-        return count
+    async def _move_on(self, watched: Watched, patient: bool) -> None:
+        await self._move(watched, "kv", patient=patient)
 
     @contextlib.asynccontextmanager
     async def _load(self, replicas: tuple[int, ...], each: int = OTHERS) -> Any:

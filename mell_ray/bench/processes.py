@@ -26,7 +26,7 @@ SERVING = ("ingress", "router", "migrator", "replica", "proxy", "haproxy")
 OTHER = "other"  # Ray's agents, idle workers
 
 
-def processes(scratch: str) -> Iterator[tuple[str, psutil.Process]]:
+def processes(scratch: str | None = None) -> Iterator[tuple[str, psutil.Process]]:
     """(role, process) of all below this one, and of those that have ``scratch`` in their command
     line."""
     below = {process.pid for process in psutil.Process().children(recursive=True)}
@@ -35,7 +35,7 @@ def processes(scratch: str) -> Iterator[tuple[str, psutil.Process]]:
             command = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if process.pid in below or scratch in command:
+        if process.pid in below or (scratch is not None and scratch in command):
             yield _role(command), process
 
 

@@ -13,7 +13,7 @@ import psutil
 
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.engine.types import RequestState, SamplingParams
-from mell_ray.migration.budget import Budgets
+from mell_ray.migration.budget import Budgets, Slots
 from mell_ray.migration.driver import DriverLimits, migrate
 from mell_ray.migration.faults import Faults
 from mell_ray.migration.transports import LinkTable
@@ -72,6 +72,7 @@ class Rig:
         self._watched: dict[str, Watched] = {}
         self._config = settings.migration
         self._table = LinkTable(settings.migration.transports)
+        self._slots = Slots(self._config.max_concurrent, self._config.max_concurrent_per_replica)
         self._no_faults = Faults(None)
         self._serial = 0
         self.replicas: list[Replica] = []
@@ -146,9 +147,12 @@ class Rig:
         mode: Mode,
         dst: Replica | None = None,
         bytes_per_s: float | None = None,
+        *,
+        patient: bool = False,
     ) -> MigrationResult:
         """Move a request to ``dst`` or to the replica after its own, over a link of at most
-        ``bytes_per_s``. Returns when this end has heard of it too."""
+        ``bytes_per_s``. Returns when this end has heard of it too. ``patient``: wait while a
+        replica rests, as moves do that can."""
         names = [replica.replica_id for replica in self.replicas]
         src = self.replicas[names.index(watched.track.replica_id)]
         dst = dst or self.replicas[(names.index(src.replica_id) + 1) % len(names)]
@@ -163,19 +167,22 @@ class Rig:
             "bench",
         )
         budgets = Budgets(self._config.buffer_bytes, bytes_per_s)
-        result = await migrate(
-            order,
-            RaySource(src.actor, self._no_faults),
-            RayTarget(dst.actor, self._no_faults),
-            block_size=src.info.block_size,
-            block_nbytes=src.info.block_nbytes,
-            limits=DriverLimits(
-                max_stages=self._config.max_stages,
-                chunk_bytes=self._config.chunk_bytes,
-                timeout_s=self._config.timeout_s,
-            ),
-            way=LinkWay(self._table, budgets, src.info.endpoint(), dst.info.endpoint()),
-        )
+        async with self._slots.between(src.replica_id, dst.replica_id, patient=patient):
+            result = await migrate(
+                order,
+                RaySource(src.actor, self._no_faults),
+                RayTarget(dst.actor, self._no_faults),
+                block_size=src.info.block_size,
+                block_nbytes=src.info.block_nbytes,
+                limits=DriverLimits(
+                    max_stages=self._config.max_stages,
+                    chunk_bytes=self._config.chunk_bytes,
+                    timeout_s=self._config.timeout_s,
+                ),
+                way=LinkWay(
+                    self._table, budgets, self._slots, src.info.endpoint(), dst.info.endpoint()
+                ),
+            )
         if result.outcome == "committed":
             await watched.followed_to(dst.replica_id)
         return result

@@ -92,7 +92,8 @@ class Budgets:
 
 class Slots:
     """How many migrations may run at once, altogether and from or to each replica. Urgent ones
-    have slots of their own: ``URGENT`` times as many per replica, and any number altogether."""
+    have slots of their own: ``URGENT`` times as many per replica, and any number altogether.
+    Patient ones also wait while one of their replicas rests."""
 
     URGENT = 4
 
@@ -100,15 +101,31 @@ class Slots:
         self._total = asyncio.Semaphore(total)
         self._per_replica = per_replica
         self._running: dict[str, int] = {}
+        self._rests_until: dict[str, float] = {}  # monotonic
         self._ended = asyncio.Event()
 
+    def rest(self, replica_id: str, seconds: float) -> None:
+        """Leave a replica alone for so long."""
+        now = time.monotonic()
+        if len(self._rests_until) >= REMEMBERED:
+            self._rests_until = {r: at for r, at in self._rests_until.items() if at > now}
+        self._rests_until[replica_id] = now + seconds
+
     @asynccontextmanager
-    async def between(self, src: str, dst: str, *, urgent: bool = False) -> AsyncIterator[None]:
+    async def between(
+        self, src: str, dst: str, *, urgent: bool = False, patient: bool = False
+    ) -> AsyncIterator[None]:
         """Hold a slot. The replicas' own come first: a migration that waits for a busy replica
         must not keep others from running."""
         most = self._per_replica * (self.URGENT if urgent else 1)
-        while max(self._running.get(src, 0), self._running.get(dst, 0)) >= most:
-            await self._ended.wait()
+        while True:
+            if max(self._running.get(src, 0), self._running.get(dst, 0)) >= most:
+                await self._ended.wait()
+                continue
+            rest_s = self._rest_s(src, dst) if patient else 0.0
+            if rest_s <= 0:
+                break
+            await asyncio.sleep(rest_s)
         for name in (src, dst):
             self._running[name] = self._running.get(name, 0) + 1
         try:
@@ -121,3 +138,6 @@ class Slots:
                     del self._running[name]
             ended, self._ended = self._ended, asyncio.Event()
             ended.set()
+
+    def _rest_s(self, *replicas: str) -> float:
+        return max(self._rests_until.get(name, 0.0) for name in replicas) - time.monotonic()

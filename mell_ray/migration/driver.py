@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mell_ray.engine.types import RequestState, Reservation
@@ -58,12 +58,13 @@ async def migrate(
     """Run one migration to its end. Never raises for a failure of the migration: the result says
     who owns the request now and why."""
     progress = _Progress()
+    way = way or PlainWay()
     chunk_blocks = max(1, limits.chunk_bytes // block_nbytes)
     copier = BlockCopier(
         order,
         source,
         target,
-        way or PlainWay(),
+        way,
         CopyLimits(block_nbytes, chunk_blocks, limits.chunk_timeout_s),
     )
     started = time.monotonic()
@@ -75,7 +76,7 @@ async def migrate(
             first_block = await _bring_close(
                 order, state, source, target, copier, block_size, limits, progress
             )
-            await _hand_over(order, first_block, source, target, progress)
+            await _hand_over(order, first_block, source, target, way, progress)
         outcome = "committed"
     except (MellError, PeerDied, TimeoutError) as error:
         detail = f"{type(error).__name__}: {error}"
@@ -183,7 +184,12 @@ async def _catch_up(
 
 
 async def _hand_over(
-    order: MigrationOrder, first_block: int, source: Source, target: Target, progress: _Progress
+    order: MigrationOrder,
+    first_block: int,
+    source: Source,
+    target: Target,
+    way: Way,
+    progress: _Progress,
 ) -> None:
     """Freeze, commit, release: the only part the client can notice, so both calls go out at once
     and the freeze's answer reaches the target without a stop here."""
@@ -197,9 +203,12 @@ async def _hand_over(
         raise
     progress.tokens = frozen.state.num_tokens
     progress.tail_bytes = frozen.nbytes
-    progress.generation = await commit
+    committed = await commit
+    progress.generation = committed.generation
     progress.freeze_s = time.monotonic() - frozen_at
-    await _quietly(source.release(order.migration_id))
+    way.rest(order.dst, committed.rest_s)
+    with suppress(PeerDied, MigrationError):  # the source hears of it from the target, too
+        way.rest(order.src, await source.release(order.migration_id))
 
 
 async def _undo(
@@ -220,17 +229,15 @@ async def _undo(
         logger.warning("migration %s could not be settled: %s", order.migration_id, error)
         return "aborted"
     ended = source.release if settlement == "committed" else source.thaw
-    alive = await _quietly(ended(order.migration_id))
+    known = True
+    try:
+        async with asyncio.timeout(limits.settle_timeout_s):
+            await ended(order.migration_id)
+    except (PeerDied, MigrationError):
+        known = False  # it is dead, or the request has ended there
+    except TimeoutError:
+        # What it was told it also reaches by itself.
+        logger.warning("migration %s: the source did not answer", order.migration_id)
     if settlement == "committed":
         return "committed"
-    return "aborted" if alive else "gone"
-
-
-async def _quietly(call: Awaitable[None]) -> bool:
-    """Await a message whose effect the replicas also reach by themselves. False: peer is dead or
-    does not know the request any more."""
-    try:
-        await call
-    except (PeerDied, MigrationError, TimeoutError):
-        return False
-    return True
+    return "aborted" if known else "gone"

@@ -10,6 +10,7 @@ from mell_ray.engine.types import RequestState, Reservation
 from mell_ray.migration.transports.base import OBJECTS, Ticket, TransportName
 from mell_ray.migration.types import (
     ChunkMeta,
+    Committed,
     Frozen,
     MigrationOrder,
     Settlement,
@@ -47,7 +48,9 @@ class Source(Protocol):
 
     async def thaw(self, migration_id: str) -> None: ...
 
-    async def release(self, migration_id: str) -> None: ...
+    async def release(self, migration_id: str) -> float:
+        """Returns for how many seconds the source is to be left alone; see ``Committed``."""
+        ...
 
 
 class Target(Protocol):
@@ -67,7 +70,7 @@ class Target(Protocol):
 
     async def wait_progress(self, migration_id: str, num_tokens: int) -> int: ...
 
-    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> int: ...
+    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> Committed: ...
 
     async def settle(self, migration_id: str) -> Settlement: ...
 
@@ -87,6 +90,10 @@ class Way(Protocol):
         """Room for one chunk, for as long as it is on its way."""
         ...
 
+    def rest(self, replica_id: str, seconds: float) -> None:
+        """That replica is to be left alone for so long."""
+        ...
+
 
 class PlainWay:
     """Ray objects without limits."""
@@ -103,3 +110,6 @@ class PlainWay:
     def chunk(self, transport: TransportName, nbytes: int) -> AbstractAsyncContextManager[None]:
         del transport, nbytes
         return nullcontext()
+
+    def rest(self, replica_id: str, seconds: float) -> None:
+        del replica_id, seconds

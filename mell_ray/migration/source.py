@@ -169,6 +169,11 @@ class MigrationSource:
             self._drop(migration_id)
         return late
 
+    @property
+    def num_live(self) -> int:
+        """Requests that are leaving and still decode here."""
+        return sum(outgoing.frozen_at is None for outgoing in self._by_id.values())
+
     def __len__(self) -> int:
         return len(self._by_id)
 

@@ -60,6 +60,15 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True)
+class Committed:
+    """The target's answer: it owns the request under ``generation``. ``rest_s``: for how long it is
+    to be left alone before something moves that can wait; see ``Toll``."""
+
+    generation: int
+    rest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationResult:
     """How a migration ended.
 

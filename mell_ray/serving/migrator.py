@@ -26,6 +26,7 @@ from mell_ray.migration.transports import Endpoint, LinkTable
 from mell_ray.migration.transports.base import Ticket, TransportName
 from mell_ray.migration.types import (
     ChunkMeta,
+    Committed,
     Frozen,
     MigrationOrder,
     MigrationResult,
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 # Of these a replica must do one thing at a time: two communicators on one GPU may block each other.
 ALONE: frozenset[TransportName] = frozenset({"nccl"})
+# Reasons for a move that somebody waits for: a request that cannot grow or cannot be placed, an
+# operator.
+IMPATIENT = frozenset({"overflow", "make-room", "operator"})
 
 
 async def _ask(call: Awaitable[T]) -> T:
@@ -111,8 +115,8 @@ class RaySource:
             raise MigrationError("the request has ended")
 
     @fault_point("migrator.release")
-    async def release(self, migration_id: str) -> None:
-        await _ask(self._actor.mig_release.remote(migration_id))
+    async def release(self, migration_id: str) -> float:
+        return await _ask(self._actor.mig_release.remote(migration_id))
 
 
 class RayTarget:
@@ -148,7 +152,7 @@ class RayTarget:
         return await _ask(self._actor.mig_wait_progress.remote(migration_id, num_tokens))
 
     @fault_point("migrator.commit")
-    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> int:
+    async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> Committed:
         return await _ask(self._actor.mig_commit.remote(migration_id, frozen, payload))
 
     async def settle(self, migration_id: str) -> Settlement:
@@ -162,6 +166,7 @@ class LinkWay:
         self,
         links: LinkTable,
         budgets: Budgets,
+        slots: Slots,
         src: Endpoint,
         dst: Endpoint,
         *,
@@ -169,6 +174,7 @@ class LinkWay:
     ) -> None:
         self._links = links
         self._budgets = budgets
+        self._slots = slots
         self._ends = (src, dst)
         self._urgent = urgent
 
@@ -191,6 +197,9 @@ class LinkWay:
             alone=transport in ALONE,
             urgent=self._urgent,
         )
+
+    def rest(self, replica_id: str, seconds: float) -> None:
+        self._slots.rest(replica_id, seconds)
 
 
 class Migrator:
@@ -215,7 +224,8 @@ class Migrator:
     ) -> MigrationResult:
         """Run one migration between replicas of ``namespace``; its result says who owns the
         request now."""
-        async with self._slots.between(order.src, order.dst, urgent=order.urgent):
+        patient = not order.urgent and order.reason not in IMPATIENT
+        async with self._slots.between(order.src, order.dst, urgent=order.urgent, patient=patient):
             try:
                 source = ray.get_actor(order.src, namespace=namespace)
                 target = ray.get_actor(order.dst, namespace=namespace)
@@ -232,6 +242,7 @@ class Migrator:
                     way=LinkWay(
                         self._links,
                         self._budgets,
+                        self._slots,
                         src.endpoint(),
                         dst.endpoint(),
                         urgent=order.urgent,

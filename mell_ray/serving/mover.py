@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mell_ray.migration.pacing import Pacer
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.staging import Staging
 from mell_ray.migration.target import MigrationTarget
+from mell_ray.migration.toll import Toll
 from mell_ray.migration.transports.base import (
     OBJECTS,
     Parcel,
@@ -33,7 +35,10 @@ from mell_ray.serving.wire import ReplicaSpec
 if TYPE_CHECKING:
     from mell_ray.engine import Engine
 
+T = TypeVar("T")
+
 LINK_TIMEOUT_S = 10.0
+PROGRESS_CHECK_S = 1.0
 # Of blocks that lie apart, each piece costs its own place in a message: below this size it is
 # cheaper to gather them first.
 MIN_PIECE_BYTES = 1 << 20
@@ -42,23 +47,25 @@ InEngine = Callable[[Callable[["Engine"], Any]], "asyncio.Future[Any]"]
 
 
 class Mover:
-    """One per replica. ``in_engine`` runs a function in the engine thread between two steps."""
+    """One per replica. ``call`` runs a function in the engine thread between two steps."""
 
     def __init__(
         self,
-        in_engine: InEngine,
+        call: InEngine,
         source: MigrationSource,
         target: MigrationTarget,
         spec: ReplicaSpec,
         block_nbytes: int,
     ) -> None:
-        self._in_engine = in_engine
+        self._call = call
         self._source = source
         self._target = target
         self._block_nbytes = block_nbytes
         self._staging = Staging()
         self._buffer_bytes = spec.migration.buffer_bytes
         self._pacer = Pacer(spec.migration.step_share)
+        self._toll = Toll(spec.migration.slowdown, time.monotonic())
+        self._step_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.gpu_uuid = ""
         self.transports: dict[TransportName, Transport] = {OBJECTS: ObjectTransport()}
         if spec.device == "cuda":
@@ -70,6 +77,56 @@ class Mover:
     def stepped(self, output: StepOutput) -> None:
         """In the engine thread, after each step."""
         self._pacer.stepped(output.seconds)
+        if not output.num_prefill_tokens:
+            self._toll.stepped(
+                output.num_decode_tokens,
+                output.seconds,
+                moving=len(self._source) + len(self._target) > 0,
+                others=output.num_decode_tokens > self._source.num_live,
+            )
+        waiters, self._step_waiters = self._step_waiters, []
+        for loop, event in waiters:
+            loop.call_soon_threadsafe(event.set)
+
+    def in_engine(self, function: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """Run what a migration needs in the engine thread, and count what that takes from
+        others."""
+
+        def run(engine: Engine) -> T:
+            others = engine.stats().running > self._source.num_live
+            started = time.perf_counter()
+            try:
+                return function(engine)
+            finally:
+                if others:
+                    self._toll.held(time.perf_counter() - started)
+
+        return self._call(run)
+
+    def rest_s(self) -> float:
+        """For how long this replica is to be left alone before something moves that can wait."""
+        return self._toll.rest_s(time.monotonic())
+
+    async def progress(self, migration_id: str, num_tokens: int) -> int:
+        """Wait until an arriving request has KV for ``num_tokens`` tokens. Returns how many."""
+        while True:
+            event = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def look(
+                engine: Engine, event: asyncio.Event = event, loop: Any = loop
+            ) -> tuple[int, bool]:
+                have = self._target.progress(engine, migration_id)
+                if have < num_tokens:
+                    self._step_waiters.append((loop, event))
+                return have, have >= num_tokens
+
+            have, enough = await self.in_engine(look)
+            if enough:
+                return have
+            with suppress(TimeoutError):  # a step may never come: the reservation may be gone
+                async with asyncio.timeout(PROGRESS_CHECK_S):
+                    await event.wait()
 
     async def join(
         self, transport: TransportName, peer: str, ticket: Ticket, *, is_source: bool
@@ -92,7 +149,7 @@ class Mover:
                 lent = self._source.lend(engine, migration_id, first_block, meta.num_blocks, pieces)
             return meta, lent, engine.has_work()
 
-        meta, lent, busy = await self._in_engine(look)
+        meta, lent, busy = await self.in_engine(look)
         if not meta.num_blocks:
             return meta, []
         order = self._source.order(migration_id)
@@ -101,7 +158,7 @@ class Mover:
             await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=busy and not order.urgent))
             return meta, await way.send_blocks(order.dst, lent, LINK_TIMEOUT_S)
         if way.on_device:
-            tensor = await self._in_engine(
+            tensor = await self.in_engine(
                 lambda engine: self._source.copy_on_device(
                     engine, migration_id, first_block, meta.num_blocks
                 )
@@ -128,7 +185,7 @@ class Mover:
         self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
     ) -> int:
         """Take a chunk in. Returns the leading tokens whose KV is here then."""
-        order, busy = await self._in_engine(
+        order, busy = await self.in_engine(
             lambda engine: (self._target.order(migration_id), engine.has_work())
         )
         data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
@@ -168,7 +225,7 @@ class Mover:
         disturbs nobody, in one. Returns what the last of them returned."""
         answer = 0
         for part in self._pacer.slices(num_blocks, self._block_nbytes, busy=paced):
-            answer, seconds = await self._in_engine(_timed(work(part)))
+            answer, seconds = await self.in_engine(_timed(work(part)))
             self._pacer.copied(len(part) * self._block_nbytes, seconds)
             if part.stop < num_blocks:
                 await asyncio.sleep(self._pacer.pause_s(seconds, busy=paced))

@@ -16,7 +16,14 @@ from mell_ray.migration.faults import Faults, fault_point
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
 from mell_ray.migration.transports.base import Parcel, Ticket, TransportName
-from mell_ray.migration.types import ChunkMeta, Frozen, MigrationOrder, Settlement, TokenTail
+from mell_ray.migration.types import (
+    ChunkMeta,
+    Committed,
+    Frozen,
+    MigrationOrder,
+    Settlement,
+    TokenTail,
+)
 from mell_ray.observability.spans import EngineSpans
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PROGRESS_POLL_S = 0.003
 CONTROL_GROUP = "control"
 
 control = ray.method(concurrency_group=CONTROL_GROUP)
@@ -66,7 +72,7 @@ class MigrationCalls(ABC):
                 self._outbox(ingress).put(notices=[Migrating(order.request_id, order.dst)])
             return state
 
-        return await self.in_engine(begin)
+        return await self._mover.in_engine(begin)
 
     @fault_point("source.offer")
     @control
@@ -94,12 +100,14 @@ class MigrationCalls(ABC):
     @fault_point("source.tokens")
     @control
     async def mig_tokens(self, migration_id: str, start: int) -> TokenTail:
-        return await self.in_engine(lambda e: self._source.tokens(e, migration_id, start))
+        return await self._mover.in_engine(lambda e: self._source.tokens(e, migration_id, start))
 
     @fault_point("source.freeze")
     @control_pair
     async def mig_freeze(self, migration_id: str, first_block: int) -> tuple[Frozen, np.ndarray]:
-        return await self.in_engine(lambda e: self._source.freeze(e, migration_id, first_block))
+        return await self._mover.in_engine(
+            lambda e: self._source.freeze(e, migration_id, first_block)
+        )
 
     @fault_point("source.thaw")
     @control
@@ -108,8 +116,9 @@ class MigrationCalls(ABC):
 
     @fault_point("source.release")
     @control
-    async def mig_release(self, migration_id: str) -> None:
-        await self.in_engine(lambda e: self.release_moved(e, migration_id))
+    async def mig_release(self, migration_id: str) -> float:
+        await self._mover.in_engine(lambda e: self.release_moved(e, migration_id))
+        return self._mover.rest_s()
 
     def release_moved(self, engine: Engine, migration_id: str) -> None:
         """In the engine thread: the target owns the request; tell its ingress and forget it."""
@@ -130,7 +139,7 @@ class MigrationCalls(ABC):
                 raise ConflictError(f"replica {self._spec.replica_id} is being released")
             return self._target.reserve(engine, order, state)
 
-        return await self.in_engine(reserve)
+        return await self._mover.in_engine(reserve)
 
     @fault_point("target.receive")
     @control
@@ -142,29 +151,26 @@ class MigrationCalls(ABC):
     @fault_point("target.extend")
     @control
     async def mig_extend(self, migration_id: str, tail: TokenTail) -> None:
-        await self.in_engine(lambda e: self._target.extend(e, migration_id, tail))
+        await self._mover.in_engine(lambda e: self._target.extend(e, migration_id, tail))
 
     @fault_point("target.wait_progress")
     @control
     async def mig_wait_progress(self, migration_id: str, num_tokens: int) -> int:
         """Wait until the reservation's KV reaches ``num_tokens - 1`` tokens (the last one is
         computed when the request is resumed)."""
-        while True:
-            have = await self.in_engine(lambda e: self._target.progress(e, migration_id))
-            if have >= num_tokens - 1:
-                return have
-            await asyncio.sleep(PROGRESS_POLL_S)
+        return await self._mover.progress(migration_id, num_tokens - 1)
 
     @fault_point("target.commit")
     @control
-    async def mig_commit(self, migration_id: str, frozen: Frozen, payload: np.ndarray) -> int:
+    async def mig_commit(self, migration_id: str, frozen: Frozen, payload: np.ndarray) -> Committed:
         def commit(engine: Engine) -> int:
             generation = self._target.commit(engine, migration_id, frozen, payload)
             self._ingress_of[frozen.state.request_id] = frozen.state.ingress_id
             self._spans.arrived(frozen.state)
             return generation
 
-        return await self.in_engine(commit)
+        generation = await self._mover.in_engine(commit)
+        return Committed(generation, self._mover.rest_s())
 
     @fault_point("target.settle")
     @control

@@ -20,7 +20,7 @@ from mell_ray.migration.peers import PeerDied
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
 from mell_ray.migration.transports.objects import ObjectTransport
-from mell_ray.migration.types import Frozen
+from mell_ray.migration.types import Committed, Frozen
 from mell_ray.serving.track import Track
 from mell_ray.serving.wire import encode_delta
 
@@ -168,6 +168,7 @@ class SourceEnd:
         order = await self._node.call(lambda e: self._node.source.release(e, migration_id))
         if order is not None:
             self._node.tracks[order.request_id].follow(order.src, order.dst)
+        return 0.0
 
 
 class TargetEnd:
@@ -216,9 +217,10 @@ class TargetEnd:
     async def commit(self, migration_id, frozen, payload):
         state: Frozen = await frozen
         data: np.ndarray = await payload
-        return await self._do(
+        generation = await self._do(
             "commit", lambda e: self._node.target.commit(e, migration_id, state, data)
         )
+        return Committed(generation)
 
     async def settle(self, migration_id):
         return await self._do("settle", lambda e: self._node.target.settle(e, migration_id))

@@ -10,6 +10,7 @@ import pytest
 
 from mell_ray.config import EngineConfig
 from mell_ray.engine import Engine, load_model
+from mell_ray.errors import MigrationError
 from mell_ray.migration.driver import DriverLimits, migrate
 from mell_ray.migration.types import MigrationOrder
 from tests.migration.inprocess import (
@@ -192,6 +193,30 @@ async def test_commit_that_never_arrives_is_refused_afterwards(pair, expected) -
     result = await move(SourceEnd(pair[0]), target, which)
     assert result.outcome == "aborted"
     assert await pair[1].call(lambda e: pair[1].target.settle(e, which.migration_id)) == "aborted"
+    assert await finish(pair) == tokens
+
+
+async def test_source_that_does_not_answer_at_the_end_holds_nobody_up(pair, expected) -> None:
+    """The target refuses; what the source is told then is lost. It decodes on by itself later."""
+    temperature, tokens = expected
+
+    class Deaf(SourceEnd):
+        async def thaw(self, _migration_id):
+            await asyncio.Event().wait()
+
+    def refuse(name: str) -> None:
+        if name == "commit":
+            raise MigrationError("refused")
+
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    which = order("a", "b", "kv")
+    target = TargetEnd(pair[1], Faults(before=refuse))
+    result = await asyncio.wait_for(move(Deaf(pair[0]), target, which, settle_timeout_s=0.05), 30)
+    assert result.outcome == "aborted"
+    assert await pair[0].call(lambda _: pair[0].source.overdue(0.0)) == [which]
+    await SourceEnd(pair[0]).thaw(which.migration_id)
     assert await finish(pair) == tokens
 
 

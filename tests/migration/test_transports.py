@@ -239,6 +239,18 @@ async def test_slots_are_counted_per_replica() -> None:
     assert sorted(running) == sorted(pairs)
 
 
+async def test_patient_migrations_wait_until_a_replica_has_rested() -> None:
+    slots = Slots(total=4, per_replica=4)
+    slots.rest("a", 3600)
+    patient = asyncio.create_task(_hold(slots.between("b", "a", patient=True)))
+    await asyncio.wait_for(_hold(slots.between("a", "b")), 5)
+    await asyncio.wait_for(_hold(slots.between("b", "c", patient=True)), 5)
+    assert not patient.done()
+    patient.cancel()
+    slots.rest("a", 0.0)
+    await asyncio.wait_for(_hold(slots.between("b", "a", patient=True)), 5)
+
+
 async def test_objects_pass_the_very_array_on() -> None:
     transport, data = ObjectTransport(), np.arange(5, dtype=np.uint8)
     parcel = await transport.send_blocks("b", data, 1.0)
