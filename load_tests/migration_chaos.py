@@ -47,7 +47,7 @@ from mell_ray.serving import build_openai_app  # noqa: E402
 APP = "chaos"
 OBJECTS_PATIENCE_S = 20.0
 TIMEOUT_S = 2.0
-LENGTH = 200
+LENGTH = 400
 PROMPTS = [f"Chapter {i}. It was a truth that" for i in range(1, 25)]
 MODES = ("kv", "token", "hybrid")
 SOURCE = ("begin", "stage", "tokens", "freeze", "release", "thaw")
@@ -214,7 +214,7 @@ def _settings(replicas: int) -> dict[str, Any]:
         "mell": {
             "policy": {"name": "worst-fit"},
             "fleet": {"replica_lease_s": 120},
-            "migration": {"timeout_s": TIMEOUT_S, "freeze_limit_s": 0.5},
+            "migration": {"timeout_s": TIMEOUT_S, "freeze_limit_s": 0.5, "tail_bytes": 0},
         },
     }
 

@@ -188,6 +188,12 @@ class MigrationConfig(_Strict):
     chunk_bytes: int = Field(
         default=16 << 20, ge=1, description="Blocks travel in chunks of at most that many bytes."
     )
+    tail_bytes: int = Field(
+        default=1 << 20,
+        ge=0,
+        description="Blocks of at most that many bytes are not copied while their request decodes "
+        "on, but sent when it is handed over: fewer messages, and no longer a pause to speak of.",
+    )
     max_concurrent_per_replica: int = Field(
         default=2, ge=1, description="Migrations in flight at once from or to one replica."
     )
@@ -204,7 +210,7 @@ class MigrationConfig(_Strict):
         description="Share of step time that copying blocks may take while others decode.",
     )
     slowdown: float = Field(
-        default=0.04,
+        default=0.03,
         gt=0,
         le=1,
         description="By how much moves that can wait may slow the other requests of a replica "

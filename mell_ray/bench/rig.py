@@ -177,6 +177,7 @@ class Rig:
                 limits=DriverLimits(
                     max_stages=self._config.max_stages,
                     chunk_bytes=self._config.chunk_bytes,
+                    tail_bytes=self._config.tail_bytes,
                     timeout_s=self._config.timeout_s,
                 ),
                 way=LinkWay(

@@ -63,6 +63,7 @@ class BlockCopier:
         self._target = target
         self._way = way
         self._limits = limits
+        self.block_nbytes = limits.block_nbytes
         self._broken: set[TransportName] = set()
         self._joined: TransportName | None = None
 

@@ -28,6 +28,7 @@ class DriverLimits:
 
     max_stages: int = 8
     chunk_bytes: int = 16 << 20
+    tail_bytes: int = 0  # of blocks that the freeze carries rather than another stage
     tail_tokens: int = 16
     timeout_s: float = 30.0
     chunk_timeout_s: float = 10.0
@@ -146,16 +147,18 @@ async def _copy(
         await copier.until_met(first, stop, block_size)
         await target.wait_progress(order.migration_id, stop * block_size + 1)
         first = stop
-    return await _copy_stages(copier, first, limits, progress)
+    few = limits.tail_bytes // copier.block_nbytes
+    return await _copy_stages(copier, first, few, limits.max_stages, progress)
 
 
 async def _copy_stages(
-    copier: BlockCopier, first: int, limits: DriverLimits, progress: _Progress
+    copier: BlockCopier, first: int, few: int, max_stages: int, progress: _Progress
 ) -> int:
-    """Each stage moves what was complete when it began, until at most one block is left."""
-    while progress.stages < limits.max_stages:
+    """Each stage moves what was complete when it began, until what is left is ``few`` blocks, or
+    one. A request of few blocks needs no stage at all."""
+    while progress.stages < max_stages:
         ready = copier.done.ready_blocks
-        if ready - first <= (1 if progress.stages else 0):
+        if ready - first <= max(few, min(1, progress.stages)):
             break
         progress.stages += 1
         await copier.ascending(first, ready)

@@ -9,6 +9,8 @@ may be a share of all time; what is beyond is owed, and paid off by leaving the 
 from __future__ import annotations
 
 _LEARN = 0.05
+# A migration still costs while its last messages are on their way and its objects are freed.
+_STEPS_AFTER = 3
 # What moves that could not wait have taken beyond this is forgiven: the others wait no longer.
 _LONGEST_REST_S = 5.0
 
@@ -21,6 +23,7 @@ class Toll:
         self._usual: dict[int, float] = {}  # seconds of a step by how many decode in it
         self._owed_s = 0.0
         self._stretched_s = 0.0  # of the migrations under way; noise cancels before it counts
+        self._steps_since = _STEPS_AFTER
         self._paid_at = now
 
     def held(self, seconds: float) -> None:
@@ -31,7 +34,8 @@ class Toll:
         """A step that only decoded has taken that long. ``moving``: a migration is at this replica;
         ``others``: requests that do not move were among those decoding."""
         usual = self._usual.get(num_decoding)
-        if not moving:
+        self._steps_since = 0 if moving else self._steps_since + 1
+        if self._steps_since >= _STEPS_AFTER:
             self._count_stretch()
             self._usual[num_decoding] = (
                 seconds if usual is None else usual + _LEARN * (seconds - usual)

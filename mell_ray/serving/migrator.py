@@ -212,6 +212,7 @@ class Migrator:
         self._limits = DriverLimits(
             max_stages=config.max_stages,
             chunk_bytes=config.chunk_bytes,
+            tail_bytes=config.tail_bytes,
             timeout_s=config.timeout_s,
         )
         self._slots = Slots(config.max_concurrent, config.max_concurrent_per_replica)

@@ -136,6 +136,23 @@ async def test_kv_mode_sends_each_block_once_and_in_chunks(pair) -> None:
     await finish(pair)
 
 
+async def test_few_blocks_go_with_the_hand_over(pair, expected) -> None:
+    temperature, tokens = expected
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    track = pair[0].tracks["r"]
+    await until(lambda: len(track.token_ids) >= 30, "no progress")
+    seen: list[str] = []
+    source = SourceEnd(pair[0], Faults(before=seen.append))
+    target = TargetEnd(pair[1], Faults(before=seen.append))
+    every_block = (len(PROMPT) + LENGTH) // 16 * pair[0].engine.block_nbytes
+    result = await move(source, target, order("a", "b", "kv"), tail_bytes=every_block)
+    assert result.outcome == "committed", result.detail
+    assert result.stages == 0
+    assert result.bytes == -(-(result.tokens - 1) // 16) * pair[0].engine.block_nbytes
+    assert seen == ["reserve", "freeze", "commit"]
+    assert await finish(pair) == tokens
+
+
 async def test_prefix_cached_at_the_target_is_not_sent(pair) -> None:
     await pair[1].submit(request("other", PROMPT, 1))
     await until(lambda: pair[1].tracks["other"].finished, "no progress")

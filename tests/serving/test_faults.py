@@ -80,7 +80,8 @@ def app(deploy) -> App:
     mell = {
         "policy": {"name": "worst-fit"},
         "fleet": {"replica_lease_s": 120},
-        "migration": {"timeout_s": TIMEOUT_S, "freeze_limit_s": 0.5},
+        # Without anything left to the end, each message of the protocol is there to be struck.
+        "migration": {"timeout_s": TIMEOUT_S, "freeze_limit_s": 0.5, "tail_bytes": 0},
     }
     # Without a prefix cache each migration has blocks to send.
     return deploy("faults", replicas=(3, 3), engine={"enable_prefix_caching": False}, mell=mell)
