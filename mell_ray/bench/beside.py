@@ -106,15 +106,14 @@ async def _window(
 ) -> None:
     stop, migrations = False, 0
 
-    async def go_on() -> None:
+    async def go_on(move: Callable[[], Awaitable[None]]) -> None:
         nonlocal migrations
         while not stop:
-            assert move is not None
             await move()
             migrations += 1
 
     before, tokens, mark = _cpu_s(), moved.num_tokens, load.mark()
-    mover = None if move is None else asyncio.create_task(go_on())
+    mover = None if move is None else asyncio.create_task(go_on(move))
     await asyncio.sleep(window_s)
     others, ttft_s = load.since(mark)
     elapsed = time.monotonic() - mark

@@ -267,7 +267,7 @@ class _Bench:
                     dst.id,
                     mode,
                     result.tokens,
-                    result.bytes,
+                    result.bytes - result.tail_bytes,
                     result.seconds,
                     result.copy_s,
                 ),

@@ -88,6 +88,7 @@ async def migrate(
         detail=detail,
         stages=progress.stages,
         bytes=copier.done.bytes + progress.tail_bytes,
+        tail_bytes=progress.tail_bytes,
         tokens=progress.tokens,
         cached_tokens=progress.cached_tokens,
         generation=progress.generation,

@@ -83,6 +83,7 @@ class MigrationResult:
     detail: str = ""
     stages: int = 0
     bytes: int = 0
+    tail_bytes: int = 0  # of these, what the hand-over itself carried
     tokens: int = 0
     cached_tokens: int = 0
     generation: int = 0

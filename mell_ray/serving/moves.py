@@ -99,7 +99,7 @@ class Moves:
                 order.dst,
                 order.mode,
                 result.tokens - result.cached_tokens,
-                result.bytes,
+                result.bytes - result.tail_bytes,  # what ``copy_s`` was spent on
                 result.seconds,
                 result.copy_s,
             )
