@@ -42,10 +42,11 @@ from ray import serve  # noqa: E402
 from ray._private.internal_api import node_stats  # noqa: E402
 
 from mell_ray.builtin import MODEL_ID  # noqa: E402
+from mell_ray.migration.faults import LOST_S  # noqa: E402
 from mell_ray.serving import build_openai_app  # noqa: E402
 
 APP = "chaos"
-OBJECTS_PATIENCE_S = 20.0
+OBJECTS_PATIENCE_S = 2 * LOST_S
 TIMEOUT_S = 2.0
 LENGTH = 400
 PROMPTS = [f"Chapter {i}. It was a truth that" for i in range(1, 25)]

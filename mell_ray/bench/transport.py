@@ -87,5 +87,5 @@ async def measure_transport(rig: Rig, watched: Watched, transfers: int) -> dict[
             "ratio": median(rates) / median(memcpy),
         }
     await ends[1].settle(order.migration_id)
-    await ends[0].thaw(order.migration_id)
+    await ends[0].thaw(order)
     return {"ratio": min(size["ratio"] for size in found.values()), "by_size": found}

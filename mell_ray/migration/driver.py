@@ -232,16 +232,18 @@ async def _undo(
         # Not known. A frozen source settles by itself as soon as the target answers.
         logger.warning("migration %s could not be settled: %s", order.migration_id, error)
         return "aborted"
-    ended = source.release if settlement == "committed" else source.thaw
-    known = True
+    here = True
     try:
         async with asyncio.timeout(limits.settle_timeout_s):
-            await ended(order.migration_id)
-    except (PeerDied, MigrationError):
-        known = False  # it is dead, or the request has ended there
-    except TimeoutError:
-        # What it was told it also reaches by itself.
-        logger.warning("migration %s: the source did not answer", order.migration_id)
+            if settlement == "committed":
+                await source.release(order.migration_id)
+            else:
+                here = await source.thaw(order)
+    except PeerDied:
+        here = False
+    except (MellError, TimeoutError) as error:
+        # What it was to be told it also finds out by itself.
+        logger.warning("migration %s: no answer from the source: %r", order.migration_id, error)
     if settlement == "committed":
         return "committed"
-    return "aborted" if known else "gone"
+    return "aborted" if here else "gone"

@@ -4,7 +4,8 @@ Where the environment variable ``MELL_RAY_FAULTS`` names a directory when a proc
 message looks there for a file with its own name (say ``target.commit``, or ``target.commit.done``
 for the answer), takes it away and does what it says: ``kill`` this process, ``lose`` the message,
 ``delay SECONDS``, ``fail`` with an error, ``break`` the transport. Without the variable nothing is
-ever looked up.
+ever looked up. What is lost ends after ``LOST_S``, when nobody waits for it any more: its arguments
+are not to be held for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mell_ray.errors import MigrationError
 from mell_ray.migration.transports.base import TransportError
 
 VARIABLE = "MELL_RAY_FAULTS"
+LOST_S = 30.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +54,8 @@ class Faults:
             case ["kill"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["lose"]:
-                await asyncio.Event().wait()
+                await asyncio.sleep(LOST_S)
+                raise MigrationError(f"lost at {point}")
             case ["delay", seconds]:
                 await asyncio.sleep(float(seconds))
             case ["fail"]:

@@ -46,7 +46,9 @@ class Source(Protocol):
         """(the message, the message as a reference, the tail blocks as a reference)."""
         ...
 
-    async def thaw(self, migration_id: str) -> None: ...
+    async def thaw(self, order: MigrationOrder) -> bool:
+        """Returns whether the source still has the request."""
+        ...
 
     async def release(self, migration_id: str) -> float:
         """Returns for how many seconds the source is to be left alone; see ``Committed``."""

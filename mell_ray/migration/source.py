@@ -7,6 +7,7 @@ atomic towards decoding. Until ``freeze`` nothing here changes what the request 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -136,17 +137,12 @@ class MigrationSource:
         payload = self._export(engine, outgoing, first_block, count)
         return Frozen(state, first_block, count, payload.nbytes), payload
 
-    def thaw(self, engine: Engine, migration_id: str) -> bool:
-        """The target did not take it: decode on. False if the entry is not known."""
+    def thaw(self, engine: Engine, migration_id: str) -> None:
+        """The target did not take it: decode on. Unknown ids are fine."""
         outgoing = self._drop(migration_id)
-        if outgoing is None:
-            return False
-        if outgoing.frozen_at is not None:
-            try:
+        if outgoing is not None and outgoing.frozen_at is not None:
+            with suppress(KeyError):  # aborted by its client meanwhile
                 engine.thaw(outgoing.order.request_id)
-            except KeyError:
-                return False  # aborted by its client meanwhile
-        return True
 
     def release(self, engine: Engine, migration_id: str) -> MigrationOrder | None:
         """The target owns it: forget the request and free its blocks."""

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorDiedError, RayError
 
 from mell_ray.migration.types import MigrationOrder, Settlement
 
@@ -65,8 +65,8 @@ class Housekeeping(threading.Thread):
             )
         except (ActorDiedError, ValueError):
             settlement = "aborted"  # dead, and a dead target cannot own anything
-        except (GetTimeoutError, ActorUnavailableError):
-            logger.warning("replica %s does not answer; asking again", order.dst)
+        except RayError as error:
+            logger.warning("replica %s does not say: %r; asking again", order.dst, error)
             return
         self._replica.conclude(order, settlement)
 

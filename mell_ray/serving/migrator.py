@@ -110,9 +110,8 @@ class RaySource:
     async def _frozen(self, frozen: Awaitable[Frozen]) -> Frozen:
         return await _ask(frozen)
 
-    async def thaw(self, migration_id: str) -> None:
-        if not await _ask(self._actor.mig_thaw.remote(migration_id)):
-            raise MigrationError("the request has ended")
+    async def thaw(self, order: MigrationOrder) -> bool:
+        return await _ask(self._actor.mig_thaw.remote(order))
 
     @fault_point("migrator.release")
     async def release(self, migration_id: str) -> float:

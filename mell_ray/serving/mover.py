@@ -231,9 +231,9 @@ class Mover:
                 await asyncio.sleep(self._pacer.pause_s(seconds, busy=paced))
         return answer
 
-    def thaw(self, engine: Engine, migration_id: str) -> bool:
+    def thaw(self, engine: Engine, migration_id: str) -> None:
         self._staging.release(migration_id)
-        return self._source.thaw(engine, migration_id)
+        self._source.thaw(engine, migration_id)
 
     def release(self, engine: Engine, migration_id: str) -> MigrationOrder | None:
         self._staging.release(migration_id)

@@ -111,8 +111,14 @@ class MigrationCalls(ABC):
 
     @fault_point("source.thaw")
     @control
-    async def mig_thaw(self, migration_id: str) -> bool:
-        return await self.in_engine(lambda e: self._mover.thaw(e, migration_id))
+    async def mig_thaw(self, order: MigrationOrder) -> bool:
+        """Decode on. False: the request is not here any more."""
+
+        def thaw(engine: Engine) -> bool:
+            self._mover.thaw(engine, order.migration_id)
+            return engine.generation_of(order.request_id) is not None
+
+        return await self.in_engine(thaw)
 
     @fault_point("source.release")
     @control

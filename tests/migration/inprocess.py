@@ -161,8 +161,12 @@ class SourceEnd:
         both = asyncio.ensure_future(act())
         return _part(both, 0), _part(both, 0), _part(both, 1)
 
-    async def thaw(self, migration_id):
-        await self._node.call(lambda e: self._node.source.thaw(e, migration_id))
+    async def thaw(self, order):
+        def thaw(engine):
+            self._node.source.thaw(engine, order.migration_id)
+            return engine.generation_of(order.request_id) is not None
+
+        return await self._node.call(thaw)
 
     async def release(self, migration_id):
         order = await self._node.call(lambda e: self._node.source.release(e, migration_id))

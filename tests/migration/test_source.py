@@ -30,7 +30,7 @@ def test_preempted_while_its_blocks_were_read(mode: str) -> None:
     else:
         with pytest.raises(MigrationError, match="preempted"):
             source.freeze(subject, "m", 1)
-        assert source.thaw(subject, "m")
+        source.thaw(subject, "m")
         while subject.has_work():  # goes on where it is
             subject.step()
     subject.check()
