@@ -65,6 +65,9 @@ class Mover:
         self._buffer_bytes = spec.migration.buffer_bytes
         self._pacer = Pacer(spec.migration.step_share)
         self._toll = Toll(spec.migration.slowdown, time.monotonic())
+        # For how long this replica is to be left alone before something moves that can wait; as of
+        # the last message of a migration.
+        self.rest_s = 0.0
         self._step_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.gpu_uuid = ""
         self.transports: dict[TransportName, Transport] = {OBJECTS: ObjectTransport()}
@@ -100,12 +103,9 @@ class Mover:
             finally:
                 if others:
                     self._toll.held(time.perf_counter() - started)
+                self.rest_s = self._toll.rest_s(time.monotonic())
 
         return self._call(run)
-
-    def rest_s(self) -> float:
-        """For how long this replica is to be left alone before something moves that can wait."""
-        return self._toll.rest_s(time.monotonic())
 
     async def progress(self, migration_id: str, num_tokens: int) -> int:
         """Wait until an arriving request has KV for ``num_tokens`` tokens. Returns how many."""

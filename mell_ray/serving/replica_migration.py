@@ -124,7 +124,7 @@ class MigrationCalls(ABC):
     @control
     async def mig_release(self, migration_id: str) -> float:
         await self._mover.in_engine(lambda e: self.release_moved(e, migration_id))
-        return self._mover.rest_s()
+        return self._mover.rest_s
 
     def release_moved(self, engine: Engine, migration_id: str) -> None:
         """In the engine thread: the target owns the request; tell its ingress and forget it."""
@@ -176,7 +176,7 @@ class MigrationCalls(ABC):
             return generation
 
         generation = await self._mover.in_engine(commit)
-        return Committed(generation, self._mover.rest_s())
+        return Committed(generation, self._mover.rest_s)
 
     @fault_point("target.settle")
     @control
