@@ -39,7 +39,7 @@ import httpx  # noqa: E402
 import ray  # noqa: E402
 from left_over import left_over  # noqa: E402
 from ray import serve  # noqa: E402
-from ray._private.internal_api import node_stats  # noqa: E402
+from ray._private.internal_api import memory_summary, node_stats  # noqa: E402
 
 from mell_ray.builtin import MODEL_ID  # noqa: E402
 from mell_ray.migration.faults import LOST_S  # noqa: E402
@@ -96,7 +96,7 @@ class Chaos:
             "moves_without_an_answer": self.wrong_moves,
             "seconds": round(time.monotonic() - started, 1),
             **left,
-            "leaked_objects": await _leaked_objects(objects),
+            **await _leaked_objects(objects),
         }
 
     async def _client_loop(self) -> None:
@@ -183,14 +183,15 @@ class Chaos:
             left.unlink()
 
 
-async def _leaked_objects(before: int) -> int:
-    """How many objects more than ``before`` are in Ray's store though nobody migrates any more; Ray
-    frees them a little later."""
+async def _leaked_objects(before: int) -> dict[str, Any]:
+    """How many objects more than ``before`` are in Ray's store though nobody migrates any more (Ray
+    frees them a little later), and what Ray knows of those there."""
     deadline = time.monotonic() + OBJECTS_PATIENCE_S
     while True:
         leaked = max(0, await asyncio.to_thread(_num_objects) - before)
         if not leaked or time.monotonic() > deadline:
-            return leaked
+            known = await asyncio.to_thread(memory_summary) if leaked else ""
+            return {"leaked_objects": leaked, "objects": known.splitlines()}
         await asyncio.sleep(0.2)
 
 

@@ -110,6 +110,13 @@ class MigrationTarget:
         if migration_id not in self._ended:
             self._remember(migration_id, "aborted")
 
+    def give_way(self, engine: Engine, request_id: str) -> None:
+        """The request comes here by itself, because its owner is lost: what was held for its
+        migration is in its way, and must never be committed."""
+        for migration_id, incoming in list(self._incoming.items()):
+            if incoming.order.request_id == request_id:
+                self.abort(engine, migration_id)
+
     def settle(self, engine: Engine, migration_id: str) -> Settlement:
         """Decide the migration for good and say how it ended."""
         self.abort(engine, migration_id)

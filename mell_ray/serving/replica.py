@@ -198,6 +198,7 @@ class GPUReplica(MigrationCalls):
                 if present >= state.generation:
                     raise FencedError(f"{state.request_id} is here with generation {present}")
                 engine.abort(state.request_id)
+            self._target.give_way(engine, state.request_id)
             engine.add(state)
             self._spans.arrived(state)
             self._ingress_of[state.request_id] = state.ingress_id

@@ -237,6 +237,25 @@ async def test_source_that_does_not_answer_at_the_end_holds_nobody_up(pair, expe
     assert await finish(pair) == tokens
 
 
+async def test_request_recovered_where_room_is_held_for_it(pair) -> None:
+    """Its source dies in the middle of a migration and the Router picks the target."""
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    which, target = order("a", "b", "kv"), pair[1].target
+    source, end = SourceEnd(pair[0]), TargetEnd(pair[1])
+    await end.reserve(which, await source.begin(which))
+    frozen, _, payload = source.freeze(which.migration_id, 0)
+    await frozen
+    recovered = request("r", PROMPT, LENGTH)
+    recovered.generation = 9
+    await pair[1].call(lambda e: target.give_way(e, "r"))
+    await pair[1].submit(recovered)
+    with pytest.raises(MigrationError, match="aborted"):
+        await end.commit(which.migration_id, frozen, payload)
+    assert await pair[1].call(lambda e: e.generation_of("r")) == 9
+    await pair[0].call(lambda e: e.abort("r"))
+    await finish(pair)
+
+
 async def test_full_target_declines(expected) -> None:
     temperature, tokens = expected
     tracks: dict = {}
