@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mell_ray.errors import MellError, MigrationError
-from mell_ray.migration.peers import PeerDied, Source, Target, Way
+from mell_ray.migration.peers import PeerDied, Source, Target, Way, let_go
 from mell_ray.migration.transports.base import OBJECTS, TransportError, TransportName
 from mell_ray.migration.types import MigrationOrder
 
@@ -105,6 +105,7 @@ class BlockCopier:
                 await self._stream(transport, take, unconfirmed)
                 return
             except TransportError as error:
+                let_go(error)
                 await self._fall_back(transport, error)
                 again.extend(unconfirmed.values())
             finally:

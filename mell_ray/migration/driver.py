@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mell_ray.engine.types import RequestState, Reservation
 from mell_ray.errors import MellError, MigrationError
 from mell_ray.migration.copying import BlockCopier, CopyLimits
-from mell_ray.migration.peers import PeerDied, PlainWay, Source, Target, Way
+from mell_ray.migration.peers import PeerDied, PlainWay, Source, Target, Way, let_go
 from mell_ray.migration.types import MigrationOrder, MigrationResult, Outcome, Settlement
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ async def migrate(
         outcome = "committed"
     except (MellError, PeerDied, TimeoutError) as error:
         detail = f"{type(error).__name__}: {error}"
+        let_go(error)
         outcome = await _undo(order, source, target, limits)
     return MigrationResult(
         order=order,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol
@@ -23,6 +24,16 @@ Payload = Any
 
 class PeerDied(Exception):
     """The replica at the other end of a call is dead; nothing of the call can take effect."""
+
+
+def let_go(error: BaseException) -> None:
+    """Drop what the frames hold through which ``error`` came, payloads among them. A task that has
+    failed and the traceback that it is in hold each other, and the garbage collector of a process
+    that has nothing more to do would leave the blocks in Ray's store."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 class Source(Protocol):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 import uuid
+import weakref
 
 import pytest
 
@@ -235,6 +237,35 @@ async def test_source_that_does_not_answer_at_the_end_holds_nobody_up(pair, expe
     assert await pair[0].call(lambda _: pair[0].source.overdue(0.0)) == [which]
     assert await SourceEnd(pair[0]).thaw(which)
     assert await finish(pair) == tokens
+
+
+@pytest.mark.parametrize("at", ["receive", "commit"])
+async def test_what_failed_migrations_carried_is_let_go_at_once(pair, at) -> None:
+    """Also where the garbage collector does not run: Ray keeps blocks as long as they are held."""
+    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await until(lambda: len(pair[0].tracks["r"].token_ids) >= 30, "no progress")
+    carried: list[weakref.ref] = []
+
+    class Recorded(SourceEnd):
+        def stage(self, *args):
+            meta, payload = super().stage(*args)
+            carried.append(weakref.ref(payload))
+            return meta, payload
+
+        def freeze(self, *args):
+            frozen, reference, payload = super().freeze(*args)
+            carried.append(weakref.ref(payload))
+            return frozen, reference, payload
+
+    gc.disable()
+    try:
+        result = await move(Recorded(pair[0]), DeadEnd(pair[1], at), order("a", "b", "kv"))
+        await until(lambda: all(each() is None for each in carried), "a payload is still held")
+    finally:
+        gc.enable()
+    assert result.outcome == "aborted"
+    assert carried
+    await until(lambda: pair[0].tracks["r"].finished, "the request did not finish")
 
 
 async def test_request_recovered_where_room_is_held_for_it(pair) -> None:
