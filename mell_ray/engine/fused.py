@@ -10,6 +10,8 @@ over the layers is kept in float32. Every other model runs as transformers wrote
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from transformers import PreTrainedModel
 
 from mell_ray.engine.host_memory import free_bytes
 
+COPY_AFTER_S = 1.0  # after weights have been found: the first tokens come before
 # Decoders made of this block, by model_type, with the activation they have been checked with.
 # None of these makes anything larger than it was, which the bounds here rely on.
 ACTIVATIONS = {
@@ -244,15 +247,22 @@ class FusedDecoder:
             if tied
             else _Matrix.of(model, "lm_head").packed(bound)
         )
-        self._add_narrow()
+        if self._has_room_for_narrow():
+            add_narrow(self.linears())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """A replica that wakes, or finds its weights there, answers first: its copies for few rows
+        are made while it does."""
         self.__dict__.update(state)
-        self._add_narrow()
+        if self._has_room_for_narrow():
+            linears = [weakref.ref(linear) for linear in self.linears()]
+            copying = threading.Timer(COPY_AFTER_S, _add_narrow_to, [linears])
+            copying.daemon = True
+            copying.start()
 
-    def _add_narrow(self) -> None:
-        if self._can_be_narrow and self._copy_nbytes <= self._copies_share * free_bytes():
-            add_narrow(self.linears())
+    def _has_room_for_narrow(self) -> bool:
+        room = self._copies_share * free_bytes()
+        return self._can_be_narrow and self._copy_nbytes <= room
 
     def linears(self) -> list[Linear]:
         return [*(linear for layer in self._layers for linear in layer.linears()), self._head]
@@ -278,6 +288,15 @@ class FusedDecoder:
         logits = self._head(self._norm(last, self._head.input_dtype(len(last))))
         logits = logits[: len(logits_rows)]
         return logits if self._divisor == 1.0 else logits.float() / self._divisor
+
+
+def _add_narrow_to(linears: list[weakref.ref[Linear]]) -> None:
+    """One after the other, until the model is gone: it may fall asleep meanwhile."""
+    for reference in linears:
+        linear = reference()
+        if linear is None:
+            return
+        add_narrow([linear])
 
 
 def fuse(model: PreTrainedModel, copies_share: float) -> FusedDecoder | None:

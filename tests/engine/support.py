@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -126,3 +127,11 @@ def drain(engines: Engine | list[Engine], client: Client | None = None) -> Clien
             return client
         step(group, client)
     raise AssertionError("the engines never finish")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until ``condition`` holds; fails after half a minute."""
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
