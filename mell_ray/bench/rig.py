@@ -108,9 +108,9 @@ class Rig:
         """Get its slot back from Ray, and then itself."""
         slot = await self._fleet.find_slot(replica)
         assert slot is not None
+        await replica.actor.wake.remote(0)
         replica.holder.hold.remote(replica.actor)
         replica.holder = None
-        await replica.actor.wake.remote(0)
 
     async def submit(
         self,

@@ -319,7 +319,10 @@ class GPUReplica(MigrationCalls):
 
     @control
     async def keep_slot(self) -> None:
-        """For the holder of its slot: returns when this replica falls asleep."""
+        """For the holder of its slot: returns when this replica falls asleep, at once if it has
+        before the holder came to ask."""
+        if self._engine.asleep:
+            return
         done = asyncio.Event()
         self._holders.append(done)
         try:

@@ -84,11 +84,12 @@ class Sleepers:
                 self._core.handle(AcquireFailed(replica.model_id, str(error)))
 
     async def _get_up(self, replica: Replica) -> None:
+        began = replica.placed_s or replica.asked_s
+        await replica.actor.wake.remote(self._core.incarnation)
+        # Not sooner: what holds for one that sleeps lets go at once.
         holder, replica.holder = replica.holder, None
         if holder is not None:
             holder.hold.remote(replica.actor)
-        began = replica.placed_s or replica.asked_s
-        await replica.actor.wake.remote(self._core.incarnation)
         if self._core.fleet.replicas.get(replica.replica_id) is not replica:
             return  # ended meanwhile
         replica.state = "ready"
@@ -117,7 +118,11 @@ class Sleepers:
     async def _look(self) -> None:
         now = time.monotonic()
         replicas = self._core.fleet.replicas.values()
-        waiting = [r for r in replicas if r.holder is not None and now - r.asked_s > PATIENCE_S]
+        waiting = [
+            r
+            for r in replicas
+            if r.holder is not None and r.placed_s is None and now - r.asked_s > PATIENCE_S
+        ]
         asleep = [r for r in replicas if r.state in ASLEEP]
         if waiting or (asleep and now - self._looked > LOOK_S):
             self._looked = now

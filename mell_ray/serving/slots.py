@@ -20,8 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mell_ray.serving.wire import Slot
 
-# A holder whose Router has died before it had a replica gives up after that long.
-UNCLAIMED_S = 60.0
+# A holder whose Router has died before it had a replica gives up after that long; to wake is
+# quicker.
+UNCLAIMED_S = 180.0
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 

@@ -119,6 +119,15 @@ def test_both_answer_while_both_are_busy(app: App) -> None:
     assert answers[1::2] == expected
 
 
+def test_a_holder_that_comes_when_the_replica_sleeps_already_lets_go(app: App) -> None:
+    """Or the slot would be taken until the replica has woken, on another, and slept again."""
+    ask(app, (FIRST, "One."))
+    ask(app, (SECOND, "Two."))
+    (name,) = (r["id"] for r in app.state()["replicas"] if r["model"] == FIRST)
+    sleeper = ray.get_actor(name, namespace="mell.sleep")
+    ray.get(sleeper.keep_slot.remote(), timeout=30)
+
+
 def test_a_slot_is_lent_to_any_task_and_taken_back(app: App) -> None:
     before = ask(app, (FIRST, "She had"))
     sleeper = next(r for r in app.state()["replicas"] if r["state"] == "ready")
