@@ -25,17 +25,24 @@ def random_model_on_local_ray(on_phase: OnPhase, **ray_options: Any) -> Iterator
         model = Path(scratch) / "model"
         on_phase("writing a random model of 50 million parameters")
         write_random_llama(model)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=4,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=tempfile.mkdtemp(prefix="mb", dir="/tmp"),
-            **ray_options,
-        )
+        start_ray(tempfile.mkdtemp(prefix="mb", dir="/tmp"), OBJECT_STORE_BYTES, **ray_options)
         try:
             yield model
         finally:
             ray.shutdown()
+
+
+def start_ray(scratch: str, object_store_bytes: int, **ray_options: Any) -> None:
+    """A Ray of this process's own, quiet, with its files in ``scratch``."""
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=4,
+        object_store_memory=object_store_bytes,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=scratch,
+        **ray_options,
+    )

@@ -17,6 +17,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from mell_ray.bench.local_ray import start_ray
 from mell_ray.bench.machine import machine, versions
 from mell_ray.bench.processes import APP, SERVING, cpu_seconds, difference
 from mell_ray.bench.sse_client import stream
@@ -60,15 +61,7 @@ def measure(options: ServingBenchOptions, on_phase: OnPhase) -> dict[str, Any]:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         on_phase("starting Ray and Serve")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=4,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=scratch,
-        )
+        start_ray(scratch, OBJECT_STORE_BYTES)
         try:
             serve.start(
                 proxy_location="HeadOnly",

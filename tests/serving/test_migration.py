@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
@@ -238,6 +238,9 @@ def test_operator_errors(app: App) -> None:
     assert wrong.json()["error"]["param"] == "mode"
 
 
+LONG = body("It is a truth", 0.0, 600)
+
+
 def kill_serve_actor(prefix: str) -> None:
     for entry in ray.util.list_named_actors(all_namespaces=True):
         if entry["name"].startswith(prefix):
@@ -246,48 +249,49 @@ def kill_serve_actor(prefix: str) -> None:
     raise AssertionError(f"no actor {prefix}")
 
 
-def test_router_may_die(app: App) -> None:
-    """Running streams go on; a new Router finds the replicas and places new requests."""
-    request = body("It is a truth", 0.0, 600)
+def across(app: App, kill: Callable[[], None]) -> tuple[str, str]:
+    """What comes of the long request when ``kill`` is called while it runs, and of one sent right
+    after that."""
 
     async def orphaned() -> tuple[str, str]:
         async with http() as client:
-            running = asyncio.create_task(read(client, app, request))
+            running = asyncio.create_task(read(client, app, LONG))
             while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
                 await asyncio.sleep(0.02)
-            kill_serve_actor(f"SERVE_REPLICA::{app.name}#Router")
+            kill()
             late = await read(client, app, body("Late.", 0.0, 20))
             return await running, late
 
-    before = {r["id"] for r in app.state()["replicas"]}
-    text, late = asyncio.run(orphaned())
-    assert late
-    assert {r["id"] for r in app.state()["replicas"]} == before
+    return asyncio.run(orphaned())
 
+
+def undisturbed(app: App) -> str:
     async def still() -> str:
         async with http() as client:
-            return await read(client, app, request)
+            return await read(client, app, LONG)
 
-    assert asyncio.run(still()) == text
+    return asyncio.run(still())
+
+
+def test_router_may_die(app: App) -> None:
+    """Running streams go on; a new Router finds the replicas and places new requests."""
+    before = {r["id"] for r in app.state()["replicas"]}
+    text, late = across(app, lambda: kill_serve_actor(f"SERVE_REPLICA::{app.name}#Router"))
+    assert late
+    assert {r["id"] for r in app.state()["replicas"]} == before
+    assert undisturbed(app) == text
     app.wait_idle()
 
 
 def test_serve_controller_may_die(app: App) -> None:
     """Streams go on, new requests are served meanwhile, and nothing is placed twice."""
-    request = body("It is a truth", 0.0, 600)
 
-    async def orphaned() -> tuple[str, str]:
-        async with http() as client:
-            running = asyncio.create_task(read(client, app, request))
-            while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
-                await asyncio.sleep(0.02)
-            controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-            ray.kill(controller, no_restart=False)
-            late = await read(client, app, body("Late.", 0.0, 20))
-            return await running, late
+    def kill() -> None:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        ray.kill(controller, no_restart=False)
 
     before = {r["id"] for r in app.state()["replicas"]}
-    text, late = asyncio.run(orphaned())
+    text, late = across(app, kill)
     assert late
     state = app.wait(
         lambda s: serve.status().applications[app.name].status == "RUNNING" and s,
@@ -295,10 +299,5 @@ def test_serve_controller_may_die(app: App) -> None:
     )
     assert {r["id"] for r in state["replicas"]} == before
     assert state["exactly_once_violations"] == 0
-
-    async def still() -> str:
-        async with http() as client:
-            return await read(client, app, request)
-
-    assert asyncio.run(still()) == text
+    assert undisturbed(app) == text
     app.wait_idle()
