@@ -23,15 +23,15 @@ from torch.nn.functional import linear
 
 from mell_kernels import narrow
 
-# oneDNN, and torch around it, each keep a compiled product of 0.3 MiB for every number of rows and
-# every shape, 1024 of them unless told otherwise, which adds up to half a GiB. They ask the
-# environment when they are first used.
+# oneDNN, and torch around it, each keep what they compile for every number of rows and every shape,
+# 1024 of them unless told otherwise, which adds up to half a GiB. They ask the environment when
+# they are first used.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "512")
 # The layout is chosen for about this many rows; measured good from one row to a full prefill.
 _PACKED_FOR_ROWS = 32
 _HALF_FROM_ROWS = 9
-_NARROW_UP_TO_ROWS = 32
+NARROW_UP_TO_ROWS = 32
 _HALF_LARGEST = 60_000.0
 # A layer whose outputs may be larger has its weights divided by a power of two, up to this one:
 # beyond it, weights would be lost below float16's smallest.
@@ -80,10 +80,9 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 def padded_rows(rows: int) -> int:
     """The next number of rows that is worth a product of its own: compiling one takes 0.5 ms for
-    each shape, and keeps memory. What is added is 2.5 % on average."""
-    if rows <= 32:
-        return rows
-    step = 8 if rows <= 256 else 16
+    each shape, and keeps half a MiB. Up to 32 rows there are four sizes between powers of two, from
+    there on eight: what is added is 4 % on average."""
+    step = 1 << max(0, (rows - 1).bit_length() - (4 if rows > 32 else 3))
     return -(-rows // step) * step
 
 
@@ -144,9 +143,16 @@ class Linear:
         """Use a copy for few rows from now on, which ``narrow.pack`` has made."""
         self._narrow = packed
 
+    def is_compiled(self, rows: int) -> bool:
+        """Whether a product of ``rows`` rows is compiled for that number and kept."""
+        return self._packed is not None and not self._is_narrow(rows)
+
+    def _is_narrow(self, rows: int) -> bool:
+        return self._narrow is not None and rows <= NARROW_UP_TO_ROWS
+
     def input_dtype(self, rows: int) -> torch.dtype:
         """In which dtype ``rows`` rows of input are multiplied fastest."""
-        if self._narrow is not None and rows <= _NARROW_UP_TO_ROWS:
+        if self._is_narrow(rows):
             return torch.float32
         return torch.float16 if self._half is not None and rows >= _HALF_FROM_ROWS else self._dtype
 

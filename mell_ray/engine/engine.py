@@ -75,11 +75,18 @@ class Engine(Residents):
         longest = min(self.max_model_len, self.capacity_blocks * self.block_size)
         max_blocks = -(-longest // self.block_size) + 1
         self._builder = BatchBuilder(config.max_num_seqs, max_blocks, self.block_size, target)
+        self._widest_step = config.max_num_batched_tokens, config.max_num_seqs
         self._workspace = ops.Workspace()
         self._graph_sizes = graph_sizes(shape, config)
         self._max_blocks = max_blocks
         self._graphs = self._capture_graphs()
         self._image = image
+
+    def warm_up(self, limit_s: float) -> None:
+        """Do now what the first steps of each size would else take time and memory for; on a CPU,
+        for about ``limit_s`` at most."""
+        if self._model.fused is not None:
+            self._model.fused.compile_products(*self._widest_step, limit_s)
 
     @torch.inference_mode()
     def _capture_graphs(self) -> DecodeGraphs | None:

@@ -11,12 +11,14 @@ over the layers is kept in float32. Every other model runs as transformers wrote
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import Any, NamedTuple
 
 import torch
 from mell_kernels import narrow
 from mell_kernels.linear import (
+    NARROW_UP_TO_ROWS,
     Bound,
     Linear,
     add_narrow,
@@ -277,17 +279,45 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Logits ``[len(logits_rows), V]`` of ids and positions ``[T]``, these below ``end``, in
         the dtype that they were computed in."""
-        x = _with_rows(self._embedding(input_ids).float(), padded_rows(len(input_ids)))
+        x = _with_rows(self._embedding(input_ids).float(), self._rows(len(input_ids)))
         if self._factor != 1.0:
             x = x * self._factor
         cos, sin = self._rotary.rows(position_ids, end)
         for layer in self._layers:
             x = layer(x, cos, sin, batch)
         last = x.index_select(0, logits_rows)
-        last = _with_rows(last, padded_rows(len(last)))
-        logits = self._head(self._norm(last, self._head.input_dtype(len(last))))
-        logits = logits[: len(logits_rows)]
+        logits = self._logits(_with_rows(last, self._rows(len(last))))[: len(logits_rows)]
         return logits if self._divisor == 1.0 else logits.float() / self._divisor
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self._head(self._norm(x, self._head.input_dtype(len(x))))
+
+    def _rows(self, rows: int) -> int:
+        return padded_rows(rows) if self._head.is_compiled(rows) else rows
+
+    @torch.inference_mode()
+    def compile_products(self, max_tokens: int, max_logits: int, limit_s: float) -> None:
+        """Have the products of steps of up to ``max_tokens`` tokens and ``max_logits`` rows of
+        logits compiled now, few rows first, for about ``limit_s`` at most: what is not is compiled
+        in the step that first needs it."""
+        until = time.monotonic() + limit_s
+        narrow_rows = NARROW_UP_TO_ROWS if self._can_be_narrow else 0
+        rows = padded_rows(narrow_rows + 1)
+        while rows <= padded_rows(max_tokens) and time.monotonic() < until:
+            x = self._embedding.weight.new_zeros((rows, self._embedding.embedding_dim)).float()
+            cos, sin = self._rotary.rows(torch.zeros(rows, dtype=torch.int64), 1)
+            self._layers[0](x, cos, sin, _NoContext())
+            if rows <= padded_rows(max_logits):
+                self._logits(x)
+            rows = padded_rows(rows + 1)
+
+
+class _NoContext:
+    """Stands for a batch where only the shapes of what a layer computes count."""
+
+    def attend(self, layer: int, query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        del layer
+        return query
 
 
 def _add_narrow_to(linears: list[weakref.ref[Linear]]) -> None:

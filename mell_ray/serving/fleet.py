@@ -130,6 +130,7 @@ class Fleet:
             lifetime="detached",
             max_restarts=0,
             max_task_retries=0,
+            enable_task_events=False,  # of each call, which the cluster's GCS would keep
             num_cpus=0,
             max_concurrency=DATA_CONCURRENCY,
             runtime_env={"env_vars": env},

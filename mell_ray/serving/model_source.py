@@ -12,6 +12,8 @@ from mell_ray.errors import ConfigError
 if TYPE_CHECKING:
     from mell_ray.engine import Engine
 
+WARM_UP_S = 1.0
+
 
 def resolve_source(llm: LLMConfig) -> str:
     """A directory or a hub id.
@@ -75,4 +77,6 @@ def build_engine(llm: LLMConfig, device: str, *, share_weights: bool) -> Engine:
     else:
         model = load_model(source, kwargs, device)
     grammars = GrammarCompiler(lambda: load_tokenizer(llm), model.vocab_size, model.eos_token_ids)
-    return Engine(model, kwargs, device, grammars, image)
+    engine = Engine(model, kwargs, device, grammars, image)
+    engine.warm_up(WARM_UP_S)
+    return engine
