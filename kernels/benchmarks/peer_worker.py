@@ -1,6 +1,6 @@
 """One peer engine in a process of its own; ``throughput_peers.py`` starts it.
 
-    python peer_worker.py vllm|transformers SETTINGS_JSON
+    python peer_worker.py vllm|transformers|transformers-default SETTINGS_JSON
 
 Speaks JSON lines. Says ``{"ready_s": ...}`` once it has produced a first token; then reads runs,
 ``{"requests": [...], "concurrency": N}``, and answers each with its time stamps. Needs nothing but
@@ -84,11 +84,13 @@ class Transformers:
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         # Left alone, it sizes its cache by the memory of the machine, and with it an attention mask
         # that it writes in every step.
-        cache = ContinuousBatchingConfig(
-            page_size=_PAGE_SIZE,
-            num_blocks=-(-settings["kv_tokens"] // _PAGE_SIZE),
-            max_batch_tokens=512,
-        )
+        cache = None
+        if settings["cache_fits"]:
+            cache = ContinuousBatchingConfig(
+                page_size=_PAGE_SIZE,
+                num_blocks=-(-settings["kv_tokens"] // _PAGE_SIZE),
+                max_batch_tokens=512,
+            )
         self._manager = model.eval().init_continuous_batching(
             generation_config=config, continuous_batching_config=cache
         )
@@ -145,7 +147,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     settings = json.loads(sys.argv[2])
-    peer: Peer = {"vllm": Vllm, "transformers": Transformers}[sys.argv[1]](settings)
+    settings["cache_fits"] = sys.argv[1] != "transformers-default"
+    peer: Peer = Vllm(settings) if sys.argv[1] == "vllm" else Transformers(settings)
     closed_loop(peer, [{"prompt_token_ids": list(range(3, 35)), "output_len": 1}], 1, 0)
     ready = {
         "ready_s": time.time() - _process_started(),

