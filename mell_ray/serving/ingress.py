@@ -30,6 +30,7 @@ from mell_ray.openai.tool_formats import find_format
 from mell_ray.serving.event_stream import EventStream
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.guard import SHARE, Guard, GuardMiddleware
+from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.model_source import context_length, load_tokenizer
 from mell_ray.serving.openapi import Api, fields, generation, route
@@ -90,6 +91,7 @@ class Ingress:
 
     async def __init__(self, config: MellConfig, router: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(config.mell.log_level)
+        keep_trimmed()
         self.guard = Guard(config.mell.auth, config.mell.ingress)
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)

@@ -33,6 +33,7 @@ from mell_ray.migration.types import (
     Settlement,
     TokenTail,
 )
+from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.ray_errors import unwrap
 from mell_ray.serving.wire import ReplicaInfo
@@ -207,6 +208,7 @@ class Migrator:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = MellSettings.model_validate(settings)
         configure_logging(self._settings.log_level)
+        keep_trimmed()
         config = self._settings.migration
         self._limits = DriverLimits(
             max_stages=config.max_stages,

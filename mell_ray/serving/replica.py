@@ -33,6 +33,7 @@ from mell_ray.observability.recorder import RayRecorder
 from mell_ray.observability.replica import ReplicaMeter
 from mell_ray.observability.spans import EngineSpans
 from mell_ray.observability.tracing import make_tracer
+from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.housekeeping import Housekeeping
 from mell_ray.serving.listener import Address
 from mell_ray.serving.loading import loading_turn
@@ -100,6 +101,7 @@ class GPUReplica(MigrationCalls):
             self, spec.namespace, spec.lease_s, spec.migration.freeze_limit_s
         )
         self._housekeeping.start()
+        keep_trimmed()
 
     def _make_engine(self) -> Engine:
         spec = self._spec

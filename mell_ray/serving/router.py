@@ -33,6 +33,7 @@ from mell_ray.scheduler.events import (
 )
 from mell_ray.serving.core import Core
 from mell_ray.serving.fleet import ASLEEP, Replica
+from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.listener import Address
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.moves import Moves
@@ -53,6 +54,7 @@ class Router:
 
     async def __init__(self, config: MellConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(config.mell.log_level)
+        keep_trimmed()
         core = self._core = Core(config, serve.get_replica_context().app_name)
         self._moves = Moves(core)
         self._violations = 0

@@ -1,0 +1,34 @@
+"""Memory that the heap has no use for."""
+
+from __future__ import annotations
+
+import ctypes
+
+import psutil
+import pytest
+
+from mell_ray.serving import heap
+from tests.engine.support import wait_for
+
+LIBC = ctypes.CDLL(None)
+NUM_BLOCKS, BLOCK_BYTES = 60_000, 1000
+KEPT_EVERY = 50  # more apart than pages are large
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "malloc_trim"), reason="not glibc")
+def test_holes_in_the_heap_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    LIBC.malloc.restype = ctypes.c_void_p
+    LIBC.free.argtypes = [ctypes.c_void_p]
+    blocks = [LIBC.malloc(BLOCK_BYTES) for _ in range(NUM_BLOCKS)]
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK_BYTES)
+    kept, freed = blocks[::KEPT_EVERY], [b for i, b in enumerate(blocks) if i % KEPT_EVERY]
+    for block in freed:
+        LIBC.free(block)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    monkeypatch.setattr(heap, "EVERY_S", 0.01)
+    heap.keep_trimmed.__wrapped__()
+    wait_for(lambda: process.memory_info().rss < before - NUM_BLOCKS * BLOCK_BYTES // 2)
+    for block in kept:
+        LIBC.free(block)
