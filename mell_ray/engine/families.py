@@ -83,6 +83,20 @@ def check_config(config: Any, max_model_len: int | None) -> None:
         _check_rope(config, parameters, max_model_len)
 
 
+def end_token_ids(generation: Any, config: Any) -> tuple[int, ...]:
+    """Of the generation config, which knows chat models' several end tokens, else of the model's.
+
+    Args:
+        generation: None where the model has none.
+    """
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
 def _quantization_method(quantization: Any) -> str:
     if isinstance(quantization, dict):
         return str(quantization.get("quant_method", "unknown method"))

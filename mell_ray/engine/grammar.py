@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 64  # compiled grammars per process
 GRACE_S, ALONE_S = 0.003, 0.05
 _MASK_THREADS = 2
+_ITS_OPTION = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
 
 # With these a compilation ends within seconds and a mask within tens of milliseconds, whatever the
 # grammar; a lexer state takes 1 to 2 kB.
@@ -78,7 +79,7 @@ class GrammarCompiler:
                 return known.deep_copy()
         compiled = LLMatcher(self._wrapped(), grammar, log_level=0, limits=_LIMITS)
         if compiled.is_error():
-            raise InvalidRequestError(_first_line(compiled.get_error()), param="response_format")
+            raise InvalidRequestError(_reason(compiled.get_error()), param="response_format")
         with self._lock:
             self._known[grammar] = compiled
             while len(self._known) > REMEMBERED:
@@ -99,9 +100,7 @@ class GrammarCompiler:
     def _wrap(self, tokenizer: Any) -> LLTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise InvalidRequestError(
-                "this model's tokenizer cannot be constrained by a grammar", param="response_format"
-            )
+            raise _no_grammars()
         eos = self._eos_token_ids
         if eos is None:
             eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -110,7 +109,11 @@ class GrammarCompiler:
                 "this model has no end token, which a grammar needs", param="response_format"
             )
         size = max(self._vocab_size or 0, len(tokenizer))
-        return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=eos)
+        try:
+            return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=eos)
+        except ValueError as error:  # a decoder that it cannot tell the bytes of tokens from
+            logger.info("the grammar library does not take this tokenizer: %s", error)
+            raise _no_grammars() from None
 
 
 class Constraint:
@@ -188,9 +191,18 @@ def _advance(ready: Future[LLMatcher], fresh: list[int]) -> NDArray[np.bool_]:
         matcher.consume_tokens(fresh)
     packed = matcher.compute_bitmask() if not matcher.is_error() else b""
     if matcher.is_error():
-        raise InvalidRequestError(_first_line(matcher.get_error()), param="response_format")
+        raise InvalidRequestError(_reason(matcher.get_error()), param="response_format")
     return np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").view(np.bool_)
 
 
-def _first_line(error: str) -> str:
-    return "the grammar cannot be used: " + error.partition("\n")[0]
+def _no_grammars() -> InvalidRequestError:
+    return InvalidRequestError(
+        "this model's tokenizer cannot be constrained by a grammar", param="response_format"
+    )
+
+
+def _reason(error: str) -> str:
+    """The library's message without pictures and without hints at options that clients lack."""
+    lines = error.replace(_ITS_OPTION, "use anyOf instead").splitlines() or ["no reason given"]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].removeprefix('error: ')}"
+    return "the grammar cannot be used: " + text

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
-from mell_ray.engine.families import check_config
+from mell_ray.engine.families import check_config, end_token_ids
 from mell_ray.engine.fused import FusedDecoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.engine.loading import load_weights
@@ -195,7 +195,7 @@ def load_model(
         kv_shape=kv_shape,
         vocab_size=int(text_config.vocab_size),
         max_model_len=_max_model_len(text_config, config),
-        eos_token_ids=_eos_token_ids(model),
+        eos_token_ids=end_token_ids(getattr(model, "generation_config", None), model.config),
         num_parameters=model.num_parameters(),
     )
     expected = gate.plain_logits(loaded)
@@ -219,14 +219,3 @@ def _max_model_len(text_config: Any, config: EngineConfig) -> int:
             param="max_model_len",
         )
     return config.max_model_len
-
-
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Of the generation config, which knows chat models' several end tokens, else of the model."""
-    generation = getattr(model, "generation_config", None)
-    eos = generation.eos_token_id if generation is not None else None
-    if eos is None:
-        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

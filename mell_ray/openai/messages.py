@@ -59,6 +59,9 @@ def _arguments(value: Any) -> Any:
 
 
 class FunctionCall(Body):
+    # What OpenAI's client adds to answers that it parsed, which people append to the history.
+    ignored: ClassVar[frozenset[str]] = frozenset({"parsed_arguments"})
+
     name: Annotated[str, BeforeValidator(identifier)]
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
@@ -80,7 +83,7 @@ class Message(Body):
     message with tool calls may have no content; it then is empty.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"annotations"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"annotations", "parsed"})
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

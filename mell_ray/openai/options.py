@@ -54,6 +54,13 @@ class FunctionDefinition(Body):
     parameters: dict[str, Any] | None = None
     strict: StrictBool = False
 
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("type", "object") != "object":
+            raise ValueError("must be a schema of type 'object', as arguments have names")
+        return value
+
 
 class Tool(Body):
     type: Literal["function"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,16 @@ from mell_ray.openai.tool_formats import ToolFormat
 from mell_ray.openai.tool_plan import ToolPlan, plan_tools
 
 _SEED_MASK = 2**63 - 1
+# A template is a program that was written for the messages its author thought of.
+_TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +51,13 @@ class Generation:
     echo: str = ""  # text that the choice begins with (completions with ``echo``)
     tools: ToolPlan | None = None  # what may be called
 
-    def open_text(self, tokenizer: Tokenizer) -> TextStream:
+    def open_text(self, tokenizer: Tokenizer, end_token_ids: Collection[int] = ()) -> TextStream:
         """The stream that turns this choice's tokens into text, with all its settings."""
+        ends = () if self.sampling.ignore_eos else end_token_ids
         return TextStream(
             tokenizer,
             self.stop,
-            hidden_token_ids=self.sampling.stop_token_ids,
+            hidden_token_ids=(*self.sampling.stop_token_ids, *ends),
             shown_token_ids=self.tools.marker_ids if self.tools else frozenset(),
             min_tokens=self.sampling.min_tokens,
         )
@@ -146,7 +157,7 @@ def _render(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
             add_generation_prompt=True,
             tokenize=False,
         )
-    except (TemplateError, ValueError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", param="messages"
         ) from error

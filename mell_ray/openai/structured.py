@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,8 +81,8 @@ class GrammarCheck:
     """Compiles a request's grammar before the request is placed, so that a wrong one costs nobody
     else anything. Those that passed are remembered."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._compiler = GrammarCompiler(lambda: tokenizer)
+    def __init__(self, tokenizer: Tokenizer, end_token_ids: Iterable[int]) -> None:
+        self._compiler = GrammarCompiler(lambda: tokenizer, eos_token_ids=end_token_ids)
         self._pool = ThreadPoolExecutor(_COMPILE_THREADS, "mell-grammar-check")
 
     async def check(self, grammar: str, param: str) -> None:

@@ -90,7 +90,7 @@ async def _feed(
 async def _choice(runs: Runs, prepared: Prepared, index: int) -> AsyncGenerator[ChoiceEvent, None]:
     """One choice from tokens to text; stops the request where a stop string is complete."""
     generation = prepared.generations[index]
-    text = generation.open_text(prepared.model.tokenizer)
+    text = generation.open_text(prepared.model.tokenizer, prepared.model.end_token_ids)
     tools = generation.open_tools(prepared.request_id)
     async with aclosing(runs.run(prepared.jobs[index])) as accepted:
         async for delta in accepted:

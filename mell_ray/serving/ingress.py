@@ -31,8 +31,9 @@ from mell_ray.serving.event_stream import EventStream
 from mell_ray.serving.fleet import replica_namespace
 from mell_ray.serving.guard import SHARE, Guard, GuardMiddleware
 from mell_ray.serving.heap import keep_trimmed
+from mell_ray.serving.http_body import flag, json_body, json_object, refuse_unknown
 from mell_ray.serving.logs import configure_logging
-from mell_ray.serving.model_source import context_length, load_tokenizer
+from mell_ray.serving.model_source import context_length, load_tokenizer, model_end_token_ids
 from mell_ray.serving.openapi import Api, fields, generation, route
 from mell_ray.serving.page import HEADERS, PageData, status_page
 from mell_ray.serving.prefix import cacheable_block_size
@@ -59,8 +60,14 @@ async def _mell_error(_: Request, error: MellError) -> JSONResponse:
 
 
 @app.exception_handler(HTTPException)
-async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
-    body = error_body(NotFoundError(str(error.detail), code=str(error.status_code)))
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is no {request.method} {request.url.path}; /docs lists what there is"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.url.path} does not take {request.method}; use {allowed}"
+    body = error_body(NotFoundError(message, code=str(error.status_code)))
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -172,9 +179,9 @@ class Ingress:
         ),
     )
     async def migrate(self, request_id: str, request: Request) -> Response:
-        body = await _json_object(request)
+        body = await json_object(request)
         to, mode = body.get("to"), body.get("mode", "auto")
-        _refuse_unknown(body, {"to", "mode"})
+        refuse_unknown(body, {"to", "mode"})
         if to is not None and not isinstance(to, str):
             raise InvalidRequestError("'to': must be a replica id or null", param="to")
         if mode not in ("kv", "token", "hybrid", "auto"):
@@ -192,7 +199,7 @@ class Ingress:
         **route(400, 404, 409, status=202, body=fields(drained={"type": "boolean"})),
     )
     async def drain_node(self, node: str, request: Request) -> Response:
-        drained = _flag(await _json_object(request), "drained")
+        drained = flag(await json_object(request), "drained")
         return JSONResponse(await self._router.call("drain_node", node, drained), 202)
 
     @app.post(
@@ -200,7 +207,7 @@ class Ingress:
         **route(400, 404, 409, body=fields(cordoned={"type": "boolean"})),
     )
     async def cordon(self, replica_id: str, request: Request) -> Response:
-        cordoned = _flag(await _json_object(request), "cordoned")
+        cordoned = flag(await json_object(request), "cordoned")
         return JSONResponse(await self._router.call("cordon", replica_id, cordoned))
 
     @app.post(
@@ -208,8 +215,8 @@ class Ingress:
         **route(400, 404, 409, status=202, body=fields(model={"type": ["string", "null"]})),
     )
     async def open_replica(self, request: Request) -> Response:
-        body = await _json_object(request)
-        _refuse_unknown(body, {"model"})
+        body = await json_object(request)
+        refuse_unknown(body, {"model"})
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise InvalidRequestError("'model': must be a model id", param="model")
@@ -254,7 +261,7 @@ class Ingress:
 
     async def _http(self, request: Request, *, chat: bool) -> Response:
         prepared = await self._service.prepare(
-            await _json_body(request),
+            await json_body(request),
             chat=chat,
             request_id=_request_id(request),
             wants_trace=_wants_trace(request),
@@ -303,6 +310,7 @@ def _served_model(llm: LLMConfig) -> ServedModel:
         tokenizer,
         context_length(llm),
         int(time.time()),
+        model_end_token_ids(llm),
         find_format(llm.tool_call_format, tokenizer),
     )
 
@@ -337,37 +345,6 @@ def _priority(request: Request) -> int | None:
             param="x-mell-priority",
         )
     return int(value)
-
-
-async def _json_body(request: Request) -> Any:
-    raw = await request.body()
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        raise InvalidRequestError("the request body is not valid JSON") from None
-
-
-async def _json_object(request: Request) -> dict[str, Any]:
-    """The body of an operator call; an empty one means no settings."""
-    body = await _json_body(request) if await request.body() else {}
-    if not isinstance(body, dict):
-        raise InvalidRequestError("the request body must be a JSON object")
-    return body
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    """The only field that the body may have; true unless it says otherwise."""
-    _refuse_unknown(body, {name})
-    value = body.get(name, True)
-    if not isinstance(value, bool):
-        raise InvalidRequestError(f"'{name}': must be true or false", param=name)
-    return value
-
-
-def _refuse_unknown(body: dict[str, Any], known: set[str]) -> None:
-    for name in body:
-        if name not in known:
-            raise InvalidRequestError(f"'{name}': unknown field; remove it", param=name)
 
 
 async def _decoded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[dict[str, Any], None]:

@@ -40,24 +40,75 @@ def resolve_source(llm: LLMConfig) -> str:
 
 
 def load_tokenizer(llm: LLMConfig) -> Any:
+    """Raises ConfigError: the source has no tokenizer that can be loaded."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
+        )
+    except ConfigError:
+        raise
+    except Exception as error:
+        hint = "it needs a tokenizer.json, or what transformers can make one from"
+        raise _unusable(llm, "tokenizer", error, hint) from error
 
 
 def context_length(llm: LLMConfig) -> int:
-    """The model's limit of prompt + output in tokens, as configured or from its own config."""
-    from transformers import AutoConfig
+    """The model's limit of prompt + output in tokens, as configured or from its own config.
+
+    Raises:
+        ConfigError: neither names one, or there is no such model.
+        UnsupportedModelError: the engine cannot run this model.
+    """
+    from mell_ray.engine.families import check_config
 
     limit = llm.engine_kwargs.max_model_len
-    if limit is not None:
-        return limit
-    config = AutoConfig.from_pretrained(
-        resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
+    config = _model_config(llm)
+    check_config(config, limit)
+    if limit is None:
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        raise ConfigError(
+            f"llm_configs[{llm.model_id}].engine_kwargs.max_model_len: must be set, as the model's "
+            "config names no max_position_embeddings"
+        )
+    return int(limit)
+
+
+def model_end_token_ids(llm: LLMConfig) -> tuple[int, ...]:
+    """The tokens with which the engine ends an answer of this model."""
+    from transformers import GenerationConfig
+
+    from mell_ray.engine.families import end_token_ids
+
+    try:
+        generation = GenerationConfig.from_pretrained(
+            resolve_source(llm), revision=llm.engine_kwargs.revision
+        )
+    except OSError:  # it has none
+        generation = None
+    return end_token_ids(generation, _model_config(llm))
+
+
+def _model_config(llm: LLMConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        hint = "it needs a config.json that this version of transformers knows"
+        raise _unusable(llm, "config", error, hint) from error
+
+
+def _unusable(llm: LLMConfig, part: str, error: Exception, hint: str) -> ConfigError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ConfigError(
+        f"llm_configs[{llm.model_id}].model_loading_config.model_source: the {part} of "
+        f"{llm.model_loading_config.source!r} cannot be loaded ({lines[0].rstrip('.: ')}); {hint}"
     )
-    return int(config.get_text_config().max_position_embeddings)
 
 
 def build_engine(llm: LLMConfig, device: str, *, share_weights: bool) -> Engine:

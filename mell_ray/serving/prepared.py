@@ -21,6 +21,7 @@ class ServedModel:
     tokenizer: Tokenizer
     max_model_len: int
     created: int
+    end_token_ids: tuple[int, ...] = ()  # where an answer ends; no text, special tokens or not
     tool_format: ToolFormat | None = None  # None: it cannot call tools
 
 

@@ -65,7 +65,9 @@ class Service:
     ) -> None:
         self._tracer = tracer
         self._models = {model.model_id: model for model in models}
-        self._grammars = {model.model_id: GrammarCheck(model.tokenizer) for model in models}
+        self._grammars = {
+            model.model_id: GrammarCheck(model.tokenizer, model.end_token_ids) for model in models
+        }
         self._runs = runs
         self._limits = limits
         self._default_max_tokens = default_max_tokens

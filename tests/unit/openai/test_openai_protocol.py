@@ -333,3 +333,21 @@ def test_error_body_has_openais_shape_and_hides_foreign_errors():
     foreign = error_body(ValueError("the user's text"))["error"]
     assert foreign["type"] == "server_error"
     assert "text" not in foreign["message"]
+
+
+def test_what_the_client_parsed_may_go_back_into_the_history() -> None:
+    """``messages.append(completion.choices[0].message)`` after ``chat.completions.parse``."""
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
+    call = {"id": "call_1", "type": "function", "function": function}
+    parsed = {"role": "assistant", "content": '{"b": 2}', "parsed": {"b": 2}, "tool_calls": [call]}
+    message = ChatCompletionRequest.model_validate({**CHAT, "messages": [parsed]}).messages[0]
+    assert message.content == '{"b": 2}'
+    assert message.tool_calls[0].function.arguments == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["array", "banana", ["object", "null"]])
+def test_parameters_of_a_function_are_an_object(kind: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
+    error = refusal(ChatCompletionRequest, {**CHAT, "tools": [tool]})
+    assert error.param == "tools.0.function.parameters"
+    assert "type 'object'" in error.message

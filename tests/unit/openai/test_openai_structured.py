@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from typing import Any
 
@@ -18,6 +19,7 @@ from mell_ray.openai.structured import SCHEMA_PARAM, GrammarCheck, json_grammar
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
+END = [0]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -95,7 +97,8 @@ def test_a_schema_cannot_loosen_the_rules() -> None:
 def check(grammar: str, tokenizer: Any = None) -> None:
     from tests.unit.openai.conftest import make_byte_level
 
-    asyncio.run(GrammarCheck(tokenizer or make_byte_level()).check(grammar, SCHEMA_PARAM))
+    subject = GrammarCheck(tokenizer or make_byte_level(), END)
+    asyncio.run(subject.check(grammar, SCHEMA_PARAM))
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -142,6 +145,20 @@ def test_a_schema_beyond_all_bounds_is_refused_unread(schema: dict[str, Any], sa
     assert caught.value.param == SCHEMA_PARAM
 
 
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "string", "pattern": "(?=x)y"}, "regex parse error: look-around"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "not supported. use anyOf"),
+    ],
+)
+def test_the_reason_is_one_that_a_client_can_do_something_about(
+    schema: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(says)):
+        check(json_grammar(schema))
+
+
 def test_a_tokenizer_without_a_backend_is_told() -> None:
     with pytest.raises(InvalidRequestError, match="tokenizer"):
         check(json_grammar(SCHEMA), tokenizer=object())
@@ -154,7 +171,7 @@ def test_a_compilation_without_end_is_given_up(
     forever = threading.Event()
     monkeypatch.setattr(structured, "COMPILE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(structured, "_COMPILE_THREADS", 1)
-    subject = GrammarCheck(byte_level)
+    subject = GrammarCheck(byte_level, END)
     monkeypatch.setattr(subject._compiler, "matcher", lambda _: forever.wait(60))
 
     async def both() -> list[Any]:

@@ -84,6 +84,22 @@ def test_bodies_that_are_no_requests(client: TestClient, path: str, body: bytes)
     assert answer.json()["error"]["message"]
 
 
+def test_what_is_wrong_with_a_body_is_told(client: TestClient) -> None:
+    path = "/v1/completions"
+    broken = client.post(path, content=b'{"model": "m",\n "n" 2}').json()["error"]["message"]
+    assert "line 2, column 6" in broken
+    assert "empty" in client.post(path).json()["error"]["message"]
+
+
+def test_a_path_or_method_that_is_not_there_is_named(client: TestClient) -> None:
+    missing = client.post("/v1/responses", json={})
+    assert missing.status_code == 404
+    assert "POST /v1/responses" in missing.json()["error"]["message"]
+    wrong = client.get("/v1/completions")
+    assert wrong.status_code == 405
+    assert wrong.json()["error"]["message"] == "/v1/completions does not take GET; use POST"
+
+
 def test_document_holds_no_answer_that_never_comes() -> None:
     document = asgi.openapi()
     for operations in document["paths"].values():
