@@ -8,10 +8,19 @@ that name the key.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from mell_ray.config_errors import describe
 from mell_ray.errors import ConfigError
 
 BUILTIN_SOURCE = "builtin"
@@ -20,7 +29,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelLoadingConfig(_Strict):
@@ -135,6 +146,21 @@ class LLMConfig(_Strict):
     )
     deployment_config: DeploymentConfig = DeploymentConfig()
     engine_kwargs: EngineConfig = EngineConfig()
+
+    @field_validator("accelerator_type")
+    @classmethod
+    def _spelled_as_ray_does(cls, name: str | None) -> str | None:
+        """Ray waits for ever for a type that no node has, so the usual slips are refused."""
+        if name is None:
+            return None
+        bare = re.sub(r"^nvidia[\s_-]+", "", name.strip(), flags=re.IGNORECASE)
+        if bare.upper() in ("CPU", "GPU") or re.fullmatch(r"[a-zA-Z]{1,3}\d+[a-zA-Z]?", bare):
+            bare = bare.upper()
+        if not bare:
+            raise ValueError("is empty; leave it out, or write 'GPU', 'CPU' or a type of Ray's")
+        if bare != name:
+            raise ValueError(f"Ray's name is {bare!r}, not {name!r}")
+        return name
 
     @property
     def model_id(self) -> str:
@@ -427,11 +453,4 @@ def parse_config(model: type[Model], args: Any) -> Model:
     try:
         return model.model_validate(args)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"]) or "(top level)"
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                message = "unknown setting"
-            lines.append(f"{path}: {message}")
-        raise ConfigError("; ".join(lines)) from None
+        raise ConfigError(describe(model, error)) from None

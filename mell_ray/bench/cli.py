@@ -6,13 +6,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mell_ray.errors import ConfigError
+
 if TYPE_CHECKING:
     from mell_ray.bench.workload import BenchRequest
+
+
+class Dtype(StrEnum):
+    """What the weights of the benchmarks' random model can be."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure what this machine does with a model.", name="bench"
@@ -70,6 +81,7 @@ def throughput(
     from mell_ray.bench.throughput import ThroughputOptions, measure
     from mell_ray.bench.workload import LengthRange, load_requests, random_requests
 
+    _check_output(json_out)
     inputs = LengthRange.parse(input_len, "--input-len")
     outputs = LengthRange.parse(output_len, "--output-len")
     given = None if requests is None else load_requests(requests)
@@ -107,7 +119,7 @@ def migration(
             help="Only this part; repeatable: transport, kv, token, hybrid, others, choice."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.BFLOAT16,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
 ) -> None:
     """What live migration costs: stalls, other requests, transport, choice of a mode.
@@ -117,11 +129,12 @@ def migration(
     """
     from mell_ray.bench.migration import PARTS, MigrationBenchOptions, measure
 
+    _check_output(json_out)
     parts = tuple(part or PARTS)
     for name in parts:
         if name not in PARTS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(PARTS)}", param_hint="--part")
-    options = MigrationBenchOptions(parts, dtype=dtype, seed=seed)
+    options = MigrationBenchOptions(parts, dtype=dtype.value, seed=seed)
     if quick:
         options = MigrationBenchOptions(
             parts,
@@ -133,7 +146,7 @@ def migration(
             grid_contexts=(256,),
             grid_bytes_per_s=(2e6, 1e9),
             grid_loads=(0,),
-            dtype=dtype,
+            dtype=dtype.value,
             seed=seed,
         )
     result = measure(options, _print_phase)
@@ -158,6 +171,7 @@ def serving(
     """
     from mell_ray.bench.serving import ServingBenchOptions, measure
 
+    _check_output(json_out)
     options = ServingBenchOptions(streams=streams, seconds=seconds, haproxy=haproxy)
     result = measure(options, _print_phase)
     typer.echo(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=2))
@@ -171,7 +185,7 @@ def sleep(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Cold starts.")] = 3,
     naps: Annotated[int, typer.Option(min=1, help="Sleeps after each.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.BFLOAT16,
 ) -> None:
     """How long a sleeping replica takes to wake, next to a cold start, both to a first token.
 
@@ -180,7 +194,8 @@ def sleep(
     """
     from mell_ray.bench.sleep import SleepBenchOptions, measure
 
-    options = SleepBenchOptions(dtype=dtype, rounds=rounds, naps=naps)
+    _check_output(json_out)
+    options = SleepBenchOptions(dtype=dtype.value, rounds=rounds, naps=naps)
     result = measure(options, _print_phase)
     _print_figures(result)
     _write(result, json_out)
@@ -195,6 +210,20 @@ def _print_figures(result: dict[str, Any]) -> None:
     for key, value in result.items():
         if isinstance(value, float | int):
             typer.echo(f"{key:24} {value:8.3f}")
+
+
+def _check_output(json_out: Path | None) -> None:
+    """Before a run of minutes: whether its result can be written."""
+    if json_out is None:
+        return
+    known = json_out.exists()
+    try:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.open("ab").close()
+        if not known:
+            json_out.unlink()
+    except OSError as error:
+        raise ConfigError(f"--json: cannot write {json_out}: {error.strerror}") from None
 
 
 def _write(result: dict[str, Any], json_out: Path | None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mell_ray.replay.types import Job, Outcome, ReplayOptions, Slo
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+INTERRUPTED = 130  # exit code of what a shell's Ctrl-C ended
 _LENGTHS = "Lengths"
 _OUTPUT = "Output"
 
@@ -108,13 +110,16 @@ def replay(
 
     Open loop: a request leaves when its time has come, whatever became of those before. Prompts
     are random tokens of the right number, shared where the trace's prefix hashes are; answers have
-    the trace's length. Exit code 1 if a request failed. The key in OPENAI_API_KEY is sent.
+    the trace's length. Exit code 1 if a request failed. The key in OPENAI_API_KEY is sent. Ctrl-C
+    ends it early and reports what had ended by then, with exit code 130.
     """
     from mell_ray.replay.measure import as_json
     from mell_ray.replay.plan import plan
     from mell_ray.replay.report import print_summary
     from mell_ray.replay.types import ReplayOptions, Slo
+    from mell_ray.simulation.eventlog import check_outputs
 
+    check_outputs(json_out, html_out)
     options = ReplayOptions(
         time_compression=time_compression,
         seconds=seconds,
@@ -138,6 +143,8 @@ def replay(
 
         _write(str(html_out), render_html(title, done.summary, done.outcomes, settings))
     print_summary(done.summary, title, output_console(stderr=json_out == "-"))
+    if done.summary.left_out:
+        raise typer.Exit(INTERRUPTED)
     if done.summary.failed:
         typer.echo(
             f"error: {done.summary.failed:,} of {done.summary.requests:,} requests failed", err=True
@@ -173,9 +180,24 @@ def _run(
                     slo=slo,
                     watcher=watcher,
                     warn=lambda text: typer.echo(f"warning: {text}", err=True),
+                    stoppable=_on_interrupt,
                 )
 
     return asyncio.run(main())
+
+
+def _on_interrupt(stop: Callable[[], None]) -> None:
+    """The first Ctrl-C (or SIGTERM) ends the replay, the next one the process."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupted() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        stop()
+
+    for number in signals:
+        loop.add_signal_handler(number, interrupted)
 
 
 @contextmanager

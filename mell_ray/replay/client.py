@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -20,6 +21,18 @@ _NUM_POOLS = 32
 _NUMBERS = re.compile(r"\b(?=[0-9a-f-]*\d)[0-9a-f-]{6,}\b|\d+(?:\.\d+)?")
 
 
+def check_address(url: str) -> None:
+    """Raises ConfigError where ``url`` is no address of a web server."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return
+        problem = "not an http:// or https:// address"
+    except ValueError as error:  # a bad port or IPv6 address
+        problem = str(error)
+    raise ConfigError(f"--url {url!r}: {problem}; for example http://127.0.0.1:8000")
+
+
 class Endpoint:
     """An OpenAI-compatible server and a model of it. Use as an async context manager.
 
@@ -30,6 +43,7 @@ class Endpoint:
 
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        check_address(url)
         self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         certificates = httpx.create_ssl_context()
@@ -149,7 +163,7 @@ def _has_piece(event: dict[str, Any], outcome: Outcome) -> bool:
 def _check_length(outcome: Outcome, counted: int | None) -> Failure | None:
     """An answer of another length than the trace's is another load. Only the server can count."""
     if counted is not None:
-        outcome.tokens = counted
+        outcome.tokens, outcome.counted = counted, True
         if counted != outcome.job.output_tokens:
             return Failure(
                 "answer of another length",
@@ -162,10 +176,14 @@ def _check_length(outcome: Outcome, counted: int | None) -> Failure | None:
 
 def _http_failure(response: httpx.Response) -> Failure:
     try:
-        return _told(f"HTTP {response.status_code}", response.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        text = f"HTTP {response.status_code} {response.reason_phrase}".strip()
-        return Failure(text, text)
+        answer = response.json()
+        for key in ("error", "message", "detail"):  # OpenAI's, older vLLM's, FastAPI's
+            if answer.get(key):
+                return _told(f"HTTP {response.status_code}", answer[key])
+    except (ValueError, AttributeError):
+        pass
+    text = f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    return Failure(text, text)
 
 
 def _told(where: str, error: Any) -> Failure:

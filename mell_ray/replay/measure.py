@@ -26,8 +26,8 @@ def spread_ms(seconds: Iterable[float]) -> Spread:
     return Spread(p50, p90, p99, float(values.mean()), float(values.max()))
 
 
-def summarise(outcomes: Sequence[Outcome], slo: Slo) -> Summary:
-    """The figures of a replay of at least one request."""
+def summarise(outcomes: Sequence[Outcome], slo: Slo, *, left_out: int = 0) -> Summary:
+    """The figures of a replay of at least one request. ``left_out``: see `Summary`."""
     ok = [o for o in outcomes if o.failure is None]
     duration = max(o.end_s for o in outcomes) - min(o.job.at_s for o in outcomes)
     seconds = max(duration, 1e-9)
@@ -53,6 +53,8 @@ def summarise(outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         errors=count_errors(outcomes),
         late_ms=spread_ms(o.late_s for o in outcomes),
         late_starts=sum(o.late_s > LATE_S for o in outcomes),
+        uncounted=sum(not o.counted for o in ok),
+        left_out=left_out,
     )
 
 

@@ -49,6 +49,16 @@ def notes(summary: Summary) -> list[str]:
         found.append(
             f"{summary.failed:,} requests failed; latencies are those of the other {summary.ok:,}"
         )
+    if summary.left_out:
+        found.append(
+            f"interrupted: {summary.left_out:,} requests of the trace were not sent, or had not "
+            "ended, and count nowhere"
+        )
+    if summary.uncounted:
+        found.append(
+            f"the server told no token counts (usage) for {summary.uncounted:,} answers: there "
+            "each event counts as one token, and the lengths of answers are not checked"
+        )
     if is_late(summary):
         found.append(
             f"this client sent {summary.late_starts:,} requests more than {LATE_S * 1e3:g} ms "

@@ -43,10 +43,13 @@ async def open_loop(
     make_body: Callable[[Job], bytes],
     send: Send,
     watcher: Watcher | None = None,
+    stoppable: Callable[[Callable[[], None]], None] | None = None,
 ) -> list[Outcome]:
     """Send every job at its time and wait for all answers; outcomes are in the jobs' order.
 
-    A body is made while the time of its job has not come, not in it.
+    A body is made while the time of its job has not come, not in it. ``stoppable`` is given a
+    function that ends the replay early: nothing more is sent, what runs is dropped, and only what
+    has ended comes back.
     """
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -61,7 +64,8 @@ async def open_loop(
         return outcome
 
     tasks: list[asyncio.Task[Outcome]] = []
-    async with asyncio.TaskGroup() as group:
+
+    async def feed(group: asyncio.TaskGroup) -> None:
         for job in jobs:
             body = make_body(job)
             # Also where this is late already: answers must be read between two requests.
@@ -69,4 +73,14 @@ async def open_loop(
             tasks.append(group.create_task(one(job, body)))
             if watcher is not None:
                 watcher.sent()
-    return [task.result() for task in tasks]
+
+    async with asyncio.TaskGroup() as group:
+        feeder = group.create_task(feed(group))
+
+        def stop() -> None:
+            for task in (feeder, *tasks):
+                task.cancel()
+
+        if stoppable is not None:
+            stoppable(stop)
+    return [task.result() for task in tasks if not task.cancelled()]

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mell_ray.errors import MellError
 from mell_ray.replay.client import Endpoint
 from mell_ray.replay.measure import summarise
 from mell_ray.replay.plan import too_long
@@ -31,11 +32,13 @@ async def replay(
     slo: Slo | None = None,
     watcher: Watcher | None = None,
     warn: Callable[[str], None] = lambda _: None,
+    stoppable: Callable[[Callable[[], None]], None] | None = None,
 ) -> Finished:
-    """Send ``jobs`` to ``endpoint``; ``model`` None is the server's first.
+    """Send ``jobs`` to ``endpoint``; ``model`` None is the server's first. ``stoppable``: see
+    `open_loop`.
 
     Raises:
-        MellError: the server does not answer, or is none.
+        MellError: the server does not answer, or is none; stopped before any request had ended.
         ConfigError: it does not have the model.
     """
     name, context = await endpoint.model(model)
@@ -49,9 +52,12 @@ async def replay(
     allow_sockets()
     prompts = PromptMaker(*options.token_ids, options.seed)
     outcomes = await open_loop(
-        jobs, lambda job: completion_body(job, name, prompts), endpoint.send, watcher
+        jobs, lambda job: completion_body(job, name, prompts), endpoint.send, watcher, stoppable
     )
-    return Finished(name, outcomes, summarise(outcomes, slo or Slo()))
+    if not outcomes:
+        raise MellError("interrupted before any request had ended")
+    summary = summarise(outcomes, slo or Slo(), left_out=len(jobs) - len(outcomes))
+    return Finished(name, outcomes, summary)
 
 
 def allow_sockets() -> None:

@@ -68,6 +68,7 @@ class Outcome:
     end_s: float = 0.0  # answer complete, or given up
     gaps_s: array[float] = field(default_factory=lambda: array("d"))  # between pieces
     tokens: int = 0  # of the answer, as the server counts them, else pieces
+    counted: bool = False  # by the server
     failure: Failure | None = None
 
     @property
@@ -150,3 +151,5 @@ class Summary:
     errors: tuple[ErrorCount, ...]
     late_ms: Spread  # how much later than planned this client sent requests
     late_starts: int  # those later than LATE_S
+    uncounted: int = 0  # answers whose tokens the server did not count; a piece stood for a token
+    left_out: int = 0  # requests of the trace that had not ended when the replay was interrupted

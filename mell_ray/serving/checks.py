@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mell_ray.config import MellConfig
+from mell_ray.errors import ConfigError
 from mell_ray.observability.tracing import check_tracing
 from mell_ray.scheduler import Scheduler
 from mell_ray.serving.guard import Guard
@@ -17,4 +18,7 @@ def check_config(config: MellConfig) -> None:
         resolve_source(llm)
     Guard(config.mell.auth, config.mell.ingress)
     check_tracing(config.mell.observability.tracing)
-    Scheduler(scheduler_config(config))
+    try:
+        Scheduler(scheduler_config(config))
+    except ConfigError as error:
+        raise ConfigError(f"mell.policy: {error}") from None

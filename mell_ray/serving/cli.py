@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -328,6 +329,8 @@ def _call(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     data = None if body is None else json.dumps(body).encode()
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url!r}: not an http:// or https:// address")
     request = urllib.request.Request(url.rstrip("/") + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
@@ -338,5 +341,5 @@ def _call(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
         except (ValueError, KeyError, TypeError):
             message = f"HTTP {error.code}"
         raise MellError(f"{url}{path}: {message}", code=str(error.code)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise MellError(f"no mell-ray server answers at {url} ({error})") from None

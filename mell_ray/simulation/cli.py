@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mell_ray.simulation.study import Run, Study
-    from mell_ray.simulation.types import EventSink, SimOptions, TraceRow
+    from mell_ray.simulation.types import EventSink, SimOptions, SimResult, TraceRow
 
 _TRACE_HELP = (
-    "A .csv or .csv.gz with columns arrival_s, prompt_tokens, output_tokens and optionally "
-    "session_id, prefix_hashes. Or a generated one: 'synthetic:poisson,rate=2,duration=600', "
+    "A .csv or .csv.gz with columns arrival_s (seconds, or dates), prompt_tokens, output_tokens "
+    "and optionally session_id, prefix_hashes. Or a file as Azure, BurstGPT or Mooncake publish "
+    "theirs. Or a generated one: 'synthetic:poisson,rate=2,duration=600', "
     "'synthetic:gamma,cv=3,...' for bursts; settings prompt_median, prompt_p99, output_median, "
     "output_p99 (or ..._mean and ..._sigma), max_prompt, max_output, seed."
 )
@@ -176,17 +177,18 @@ def fleet_defaults(
 
 
 def load_trace(source: str, *, spread_seed: int | None = None) -> list[TraceRow]:
-    """The rows of a trace file or of a ``synthetic:`` specification.
+    """The rows of a trace file or of a ``synthetic:`` specification. Dates are counted from the
+    first one.
 
     With ``spread_seed``, equal arrivals are spread (see ``transform.spread_ties``).
     """
     from mell_ray.simulation import synthetic
-    from mell_ray.simulation.trace import read_trace
+    from mell_ray.simulation.trace import from_first, read_trace
 
     if source.startswith(synthetic.PREFIX):
         rows = synthetic.generate(synthetic.parse_spec(source))
     else:
-        rows = read_trace(source)
+        rows = from_first(read_trace(source, lambda text: typer.echo(f"note: {text}", err=True)))
     if spread_seed is None:
         return rows
     from mell_ray.simulation.transform import spread_ties
@@ -200,7 +202,7 @@ def trace_name(source: str) -> str:
 
     if source.startswith(synthetic.PREFIX):
         return source
-    return Path(source).name.removesuffix(".gz").removesuffix(".csv")
+    return Path(source).name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
 
 
 def parse_params(settings: Sequence[str]) -> dict[str, Any]:
@@ -232,13 +234,29 @@ def run_policy(
     sink: EventSink | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Run:
-    """One simulation, timed."""
+    """One simulation, timed.
+
+    Raises:
+        ConfigError: no request is left to simulate.
+    """
     from mell_ray.simulation.loop import simulate
     from mell_ray.simulation.study import Run
 
     start = time.perf_counter()
     result = simulate(rows, options, sink=sink, progress=progress)
+    if not result.requests:
+        raise ConfigError(_why_nothing(rows, result))
     return Run(label, result, time.perf_counter() - start, variant)
+
+
+def _why_nothing(rows: Sequence[TraceRow], result: SimResult) -> str:
+    if result.dropped < len(rows):
+        return f"--copies {result.options.copies:g} leaves none of {len(rows):,} requests"
+    least = min(row.prompt_tokens + row.output_tokens for row in rows)
+    return (
+        f"all {len(rows):,} requests are larger than the {result.options.gpu_tokens:,} KV tokens "
+        f"of a GPU (--gpu-tokens); the smallest takes {least:,}"
+    )
 
 
 @contextmanager
@@ -292,9 +310,10 @@ def workload_notes(study: Study) -> list[str]:
             f"{first.dropped:,} of {first.dropped + first.requests:,} requests"
         )
     if first.peak_lower_bound <= 2:
+        gpus = first.peak_lower_bound * study.gpus_per_replica
         notes.append(
-            f"the load never needs more than {first.peak_lower_bound} x {study.gpus_per_replica} "
-            "GPUs, so policies can hardly differ; --copies N asks what N times the load would take"
+            f"the load never needs more than {gpus} GPU{'s' * (gpus != 1)}, so policies can hardly "
+            "differ; --copies N asks what N times the load would take"
         )
     for run in study.runs:
         if run.result.rejected:

@@ -156,12 +156,14 @@ def plan(
     KV bytes per token come from the model's config, speeds from the GPU's data sheet, prices are
     assumptions: everything it rests on is printed with its source, and every figure can be given.
     """
+    from mell_ray.simulation.eventlog import check_outputs
     from mell_ray.simulation.hardware import find_gpu, override_gpu
     from mell_ray.simulation.modelspec import model_spec
     from mell_ray.simulation.sizing import SizingOverrides, size_replica, sizing_advice
     from mell_ray.simulation.study import Study, summarise, total_tokens_p999
     from mell_ray.simulation.types import SimOptions
 
+    check_outputs(out / "plan.json")
     names = _policy_names(policies)
     prices = _prices(sweep_prices)
     card = override_gpu(

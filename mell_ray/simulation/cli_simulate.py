@@ -85,11 +85,12 @@ def simulate(
     Requests larger than a GPU are left out and counted. The same command gives the same event
     log, byte for byte.
     """
-    from mell_ray.simulation.eventlog import event_log
+    from mell_ray.simulation.eventlog import check_outputs, event_log
     from mell_ray.simulation.report import print_study
     from mell_ray.simulation.study import Assumption, Study, summarise
     from mell_ray.simulation.types import SimOptions
 
+    check_outputs(json_out, save_trace)
     rows = cli.load_trace(trace, spread_seed=seed if spread_ties else None)
     kv_bytes = SimOptions(gpu_tokens=1).kv_bytes_per_token
     foresee, grace_s = cli.fleet_defaults(startup_s, forecast, idle_grace_s)

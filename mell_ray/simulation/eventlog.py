@@ -55,6 +55,26 @@ def open_output(path: str | Path) -> Iterator[TextIO]:
             yield text
 
 
+def check_outputs(*paths: str | Path | None) -> None:
+    """Before a long run: whether its results can be written. None and ``-`` are no files.
+
+    Raises:
+        ConfigError: a file cannot be opened; what it holds is left as it is.
+    """
+    for given in paths:
+        if given is None or str(given) == "-":
+            continue
+        path = Path(given)
+        known = path.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+            if not known:
+                path.unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
 class JsonlEventLog:
     """Writes events to a text stream; counts them.
 

@@ -9,6 +9,7 @@ growth happens, unless GPUs or migrations take time: their ends come at their ow
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -139,6 +140,7 @@ class Simulation:
         rows = len(self._rows)
         shown = 0.0
         while self._next_row < rows or self._live or self._later:
+            step = self._skip_idle(step)
             at = step * step_s
             self._until(at)
             epoch = int(at / self.options.epoch_s + 1e-6)
@@ -155,6 +157,24 @@ class Simulation:
         return self.meter.finish()
 
     # --- time ------------------------------------------------------------------------------
+
+    def _skip_idle(self, step: int) -> int:
+        """The first report from ``step`` on at which something can happen.
+
+        With no request, no GPU and none on its way nothing does until the next arrival: traces
+        have days of it. A forecast learns from quiet times too, once it has seen a request.
+        """
+        if self._live or self._later or self._next_row == len(self._rows) or self.fleet.billed():
+            return step
+        if self.options.forecast and self._next_row:
+            return step
+        step_s, arrival = self.options.report_s, self._rows[self._next_row].arrival_s
+        following = max(step, math.floor(arrival / step_s))
+        while following * step_s < arrival:
+            following += 1
+        if following > step:
+            self.meter.idle(step, following)
+        return following
 
     def _until(self, end: float) -> None:
         """What comes before the next report at its own moment."""
@@ -313,7 +333,7 @@ class Simulation:
         live.since = self.now + self._prefill_s(live, gpu)
         self._running[live.id] = live
         self.fleet.enter(gpu)
-        self.meter.placed(self.now - live.asked)
+        self.meter.placed(live.id, self.now - live.asked)
         self._emit("place", request=live.row.request, gpu=gpu, tokens=live.size)
 
     def _prefill_s(self, live: _Live, gpu: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,11 +20,12 @@ class Meter:
     def __init__(self, options: SimOptions, rows: Sequence[TraceRow]) -> None:
         self.result = SimResult(options, requests=len(rows))
         self._options = options
-        last = rows[-1].arrival_s if rows else 0.0
-        self._first_s = options.measure_from_share * last
+        first, last = (rows[0].arrival_s, rows[-1].arrival_s) if rows else (0.0, 0.0)
+        share = options.measure_from_share
+        self._first_s = first + share * (last - first) if share else 0.0
         self._last_s = float("inf") if options.measure_drain else last
         self._in = self._first_s <= 0.0
-        self._delays: list[float] = []
+        self._delays: dict[str, float] = {}  # of requests that waited: how long, in all
         self._short = 0.0
         self._demand = 0.0
         self._every = 1  # reports per sample of the time series
@@ -55,9 +57,10 @@ class Meter:
         result.migrations += 1
         result.migrated_tokens += tokens
 
-    def placed(self, delay_s: float) -> None:
+    def placed(self, request: str, delay_s: float) -> None:
+        """Also after a preemption, whose wait adds to that before."""
         if self._in and delay_s > 0.0:
-            self._delays.append(delay_s)
+            self._delays[request] = self._delays.get(request, 0.0) + delay_s
 
     def preempted(self) -> None:
         self.result.preemptions += self._in
@@ -88,6 +91,25 @@ class Meter:
         self._short += sum(waiting)
         self._chart(now, billed, max(volume, l2), demand, len(waiting))
 
+    def idle(self, first: int, end: int) -> None:
+        """Reports ``first`` up to ``end``, excluded, that were left out as there was nothing: as
+        many samples of nothing, without the time they would take."""
+        step = self._options.report_s
+        begin = max(first, math.ceil(self._first_s / step))
+        stop = end if self._last_s == math.inf else min(end, math.floor(self._last_s / step) + 1)
+        self._in = begin < stop == end
+        if stop <= begin:
+            return
+        self.result.duration_s += (stop - begin) * step
+        while begin < stop:
+            behind = self._report % self._every
+            ahead = min(stop - begin, self._every - behind if behind else 1)
+            if behind:
+                self._report += ahead
+            else:
+                self._chart(begin * step, 0, 0, 0, 0)
+            begin += ahead
+
     def _chart(self, now: float, gpus: int, bound: int, tokens: int, queued: int) -> None:
         line = self.result.timeline
         if self._report % self._every == 0:
@@ -106,7 +128,7 @@ class Meter:
 
     def finish(self) -> SimResult:
         result = self.result
-        delays = sorted(self._delays)
+        delays = sorted(self._delays.values())
         result.delayed_requests = len(delays)
         if delays:
             result.delay_p50_s = delays[len(delays) // 2]

@@ -68,6 +68,8 @@ def format_bytes(count: float | None) -> str:
 
 def format_hours(hours: float) -> str:
     """Four figures or so, with the same number of decimals for like amounts."""
+    if 0 < hours < 0.1:
+        return f"{hours:.3g}"
     decimals = 1 if hours >= 1000 else 2 if hours >= 10 else 3
     return f"{hours:,.{decimals}f}"
 
@@ -113,7 +115,9 @@ def policy_cells(study: Study, run: Run) -> list[str]:
     moved = own["migrated_bytes"]
     delayed = "0"
     if own["delayed_requests"]:
-        delayed = f"{100 * own['delayed_share']:.2g} % ({format_wait(own['delay_p99_s'])})"
+        share = 100 * own["delayed_share"]
+        number = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+        delayed = f"{number} % ({format_wait(own['delay_p99_s'])})"
     return [
         run.label,
         format_hours(own["gpu_hours"]),

@@ -1,8 +1,9 @@
-"""Request traces: CSV in, rows in order of arrival out.
+"""Request traces: files in, rows in order of arrival out.
 
 Columns are ``arrival_s,prompt_tokens,output_tokens`` and, where the source has them, ``session_id``
-and ``prefix_hashes`` (space separated, chained, first block first). Other columns are ignored. A
-request is known by its row's number in the file, from 0, whatever the order of arrivals.
+and ``prefix_hashes`` (space separated, chained, first block first), or those of a published trace,
+see ``trace_formats``. Other columns are ignored. A request is known by its row's number in the
+file, from 0, whatever the order of arrivals.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TextIO
 
 from mell_ray.errors import ConfigError
+from mell_ray.simulation.trace_formats import (
+    DATES_FROM_S,
+    OWN,
+    Format,
+    find_format,
+    parse_time,
+    read_table,
+    unix_seconds,
+)
 from mell_ray.simulation.types import TraceRow
-
-REQUIRED_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
-OPTIONAL_COLUMNS = ("session_id", "prefix_hashes")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def read_trace(path: str | Path) -> list[TraceRow]:
-    """Read a ``.csv`` or ``.csv.gz`` trace; rows come back sorted by arrival, ties in file order.
+def read_trace(path: str | Path, note: Callable[[str], None] | None = None) -> list[TraceRow]:
+    """Read a trace, zipped or not; rows come back sorted by arrival, ties in file order.
+
+    Dates become seconds of Unix time; see `from_first` for those. ``note`` is told in a sentence
+    what a reader of figures must know of the file.
 
     Raises:
         ConfigError: no such file, bad gzip, missing column, or a wrong value; the message has
@@ -34,7 +45,7 @@ def read_trace(path: str | Path) -> list[TraceRow]:
     """
     try:
         with open_text(path, "trace") as stream:
-            rows = list(_parse(stream, str(path)))
+            rows = list(_parse(stream, str(path), note))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"trace {path}: cannot read it: {reason}") from None
@@ -63,54 +74,56 @@ def open_text(path: str | Path, what: str) -> Iterator[TextIO]:
             yield text
 
 
-def _parse(stream: TextIO, path: str) -> Iterator[TraceRow]:
-    reader = csv.reader(stream)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        arrival, prompt, output = _required_positions(header, path)
-        session, hashes = (
-            header.index(name) if name in header else None for name in OPTIONAL_COLUMNS
+def _parse(
+    stream: TextIO, path: str, note: Callable[[str], None] | None = None
+) -> Iterator[TraceRow]:
+    header, lines = read_table(stream, path)
+    known = find_format(header)
+    arrival, prompt, output = positions = _required_positions(header, known, path)
+    session, hashes = (
+        header.index(name) if name and name in header else None
+        for name in (known.session, known.hashes)
+    )
+    width = max(arrival, prompt, output, session or 0, hashes or 0) + 1
+    failed = 0
+    for number, (line, cells) in enumerate(lines):
+        if len(cells) < width:
+            raise _bad(path, line, header[len(cells)], "is missing: the line is too short")
+        try:
+            at = float(cells[arrival]) / known.second
+            held, made = int(cells[prompt]), int(cells[output])
+            good = 0.0 <= at < float("inf") and held > 0 and made > 0
+        except ValueError:
+            good = False
+        if not good:
+            if known.failures_without_output and cells[output].strip() in ("0", "0.0"):
+                failed += 1
+                continue
+            at, held, made = _explain(cells, positions, known, path, line)
+        yield TraceRow(
+            number,
+            at,
+            held,
+            made,
+            cells[session] if session is not None else "",
+            tuple(cells[hashes].split()) if hashes is not None else (),
         )
-        width = max(arrival, prompt, output, session or 0, hashes or 0) + 1
-        number = 0
-        for cells in reader:
-            if not cells:
-                continue  # a blank line, such as editors leave at the end
-            if len(cells) < width:
-                column = header[len(cells)]
-                raise _bad(path, reader.line_num, column, "is missing: the line is too short")
-            try:
-                at, known, made = float(cells[arrival]), int(cells[prompt]), int(cells[output])
-                good = 0.0 <= at < float("inf") and known > 0 and made > 0
-            except ValueError:
-                good = False
-            if not good:
-                at, known, made = _explain(cells, (arrival, prompt, output), path, reader.line_num)
-            yield TraceRow(
-                number,
-                at,
-                known,
-                made,
-                cells[session] if session is not None else "",
-                tuple(cells[hashes].split()) if hashes is not None else (),
-            )
-            number += 1
-    except csv.Error as error:
-        raise ConfigError(f"trace {path}, line {reader.line_num}: not valid CSV: {error}") from None
+    if failed and note is not None:
+        note(f"trace {path}: {failed:,} requests without an output had failed and are left out")
 
 
-def _required_positions(header: Sequence[str], path: str) -> tuple[int, int, int]:
+def _required_positions(header: Sequence[str], known: Format, path: str) -> tuple[int, int, int]:
     if not header:
         raise ConfigError(f"trace {path}: the file is empty; the first line names the columns")
-    for name in REQUIRED_COLUMNS:
+    for name in known.required:
         if name not in header:
             raise ConfigError(
                 f"trace {path}, line 1: no column {name!r}; the first line must name "
-                f"{', '.join(REQUIRED_COLUMNS)}, this one has: {', '.join(header)}"
+                f"{', '.join(known.required)}, this one has: {', '.join(header)}"
             )
         if header.count(name) > 1:
             raise ConfigError(f"trace {path}, line 1: column {name!r} stands there twice")
-    arrival, prompt, output = (header.index(name) for name in REQUIRED_COLUMNS)
+    arrival, prompt, output = (header.index(name) for name in known.required)
     return arrival, prompt, output
 
 
@@ -119,24 +132,40 @@ def _bad(path: str, line: int, column: str, problem: str) -> ConfigError:
 
 
 def _explain(
-    cells: Sequence[str], positions: tuple[int, int, int], path: str, line: int
+    cells: Sequence[str], positions: tuple[int, int, int], known: Format, path: str, line: int
 ) -> tuple[float, int, int]:
-    """The slow reading of one line: finds the wrong cell, or accepts counts such as '374.0'."""
+    """The slow reading of one line: finds the wrong cell, or accepts dates and counts such as
+    '374.0'."""
     numbers = []
-    for column, position in zip(REQUIRED_COLUMNS, positions, strict=True):
+    for column, position in zip(known.required, positions, strict=True):
         cell = cells[position]
+        is_time = column == known.arrival
         try:
-            number = float(cell)
+            number = parse_time(cell, known.second) if is_time else float(cell)
         except ValueError:
-            raise _bad(path, line, column, f"{cell!r} is not a number") from None
+            wanted = "a number, nor a date" if is_time else "a number"
+            raise _bad(path, line, column, f"{cell!r} is not {wanted}") from None
         if not abs(number) < float("inf"):
             raise _bad(path, line, column, f"{cell!r} is not a finite number")
-        if column != "arrival_s" and (number <= 0 or number != int(number)):
-            raise _bad(path, line, column, f"{cell!r} is not a whole number of at least 1")
+        if not is_time and (number <= 0 or number != int(number)):
+            advice = "; leave out requests that have none" if number == 0 else ""
+            raise _bad(path, line, column, f"{cell!r} is not a whole number of at least 1{advice}")
         if number < 0:
             raise _bad(path, line, column, f"{cell!r} is negative")
         numbers.append(number)
     return numbers[0], int(numbers[1]), int(numbers[2])
+
+
+def from_first(rows: Sequence[TraceRow]) -> list[TraceRow]:
+    """Rows in order of arrival whose arrivals are dates, counted from the first one in seconds.
+
+    A clock of milli-, micro- or nanoseconds is told by the size of its numbers. Rows whose
+    arrivals are no dates come back as they are.
+    """
+    if not rows or rows[0].arrival_s < DATES_FROM_S:
+        return list(rows)
+    second, first = unix_seconds(rows[0].arrival_s), rows[0].arrival_s
+    return [replace(r, arrival_s=round((r.arrival_s - first) / second, 6)) for r in rows]
 
 
 def write_trace(path: str | Path, rows: Iterable[TraceRow]) -> None:
@@ -148,7 +177,7 @@ def write_trace(path: str | Path, rows: Iterable[TraceRow]) -> None:
     from mell_ray.simulation.eventlog import open_output
 
     ordered = sorted(rows, key=lambda row: row.request)
-    columns = list(REQUIRED_COLUMNS)
+    columns = list(OWN.required)
     sessions = any(row.session_id for row in ordered)
     hashes = any(row.prefix_hashes for row in ordered)
     columns += ["session_id"] * sessions + ["prefix_hashes"] * hashes

@@ -28,8 +28,9 @@ def superpose(rows: Sequence[TraceRow], copies: float, rng: Random) -> list[Trac
     """
     if not rows:
         return []
-    last = rows[-1].arrival_s
-    period = last * (1 + 1 / len(rows))  # one mean gap after the last arrival it starts again
+    first, last = rows[0].arrival_s, rows[-1].arrival_s
+    # One mean gap after the last arrival it starts again, with the first one.
+    period = (last - first) * (1 + 1 / len(rows))
     found: list[tuple[float, int, TraceRow]] = []
     whole = int(copies)
     for copy in range(whole + (copies > whole)):
@@ -38,7 +39,7 @@ def superpose(rows: Sequence[TraceRow], copies: float, rng: Random) -> list[Trac
         for row in rows:
             if share == 1.0 or rng.random() < share:
                 moved = row.arrival_s + shift
-                found.append((moved - period if moved >= period else moved, copy, row))
+                found.append((moved - period if moved - first >= period else moved, copy, row))
     found.sort(key=lambda entry: (entry[0], entry[1], entry[2].request))
     return [replace(row, request=i, arrival_s=at) for i, (at, _, row) in enumerate(found)]
 

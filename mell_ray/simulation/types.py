@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,8 +59,17 @@ class SimOptions:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("decode_tokens_per_s", "time_compression", "copies"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("startup_s", "idle_grace_s", "migration_price", "link_latency_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        if self.max_gpus is not None:
+            for name in ("initial_gpus", "spare_gpus", "min_gpus"):
+                if getattr(self, name) > self.max_gpus:
+                    raise ConfigError(
+                        f"{name} ({getattr(self, name)}) exceeds max_gpus ({self.max_gpus})"
+                    )
 
     @property
     def epoch_s(self) -> float:
@@ -122,7 +132,7 @@ class SimResult:
     migrated_tokens_by_reason: dict[str, int] = field(default_factory=dict)
     migrated_tokens_by_mode: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
-    delayed_requests: int = 0  # not placed in the epoch in which they arrived
+    delayed_requests: int = 0  # not placed in the epoch in which they arrived, or preempted
     delay_p50_s: float = 0.0  # over the delayed ones
     delay_p99_s: float = 0.0
     demand_short_share: float = 0.0  # token-seconds waiting / token-seconds demanded

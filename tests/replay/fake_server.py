@@ -99,6 +99,15 @@ async def one_token_less(body: dict[str, Any], send: Send) -> None:
     await _stream(send, body["max_tokens"] - 1, body["max_tokens"] - 1)
 
 
+async def without_usage(body: dict[str, Any], send: Send) -> None:
+    await _stream(send, body["max_tokens"], None)
+
+
+async def refused(body: dict[str, Any], send: Send) -> None:
+    del body
+    await _json(send, 400, {"object": "error", "message": "too long for me", "code": 400})
+
+
 async def never(body: dict[str, Any], send: Send) -> None:
     del body
     await _open(send)
@@ -115,16 +124,19 @@ PLAN = {
     106: never,
     107: in_one_piece,
     108: as_mell_ray,
+    109: without_usage,
+    110: refused,
 }
 
 
-async def _stream(send: Send, pieces: int, tokens: int) -> None:
+async def _stream(send: Send, pieces: int, tokens: int | None) -> None:
     await _open(send)
     for _ in range(pieces):
         await _event(send, _piece("x"))
     end = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}], "usage": None}
     await _event(send, end)
-    await _event(send, {"choices": [], "usage": {"completion_tokens": tokens}})
+    if tokens is not None:
+        await _event(send, {"choices": [], "usage": {"completion_tokens": tokens}})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +17,7 @@ from mell_ray.cli import app
 from mell_ray.errors import ConfigError, MellError
 from mell_ray.openai.protocol import CompletionRequest
 from mell_ray.replay.client import Endpoint
+from mell_ray.replay.report import notes
 from mell_ray.replay.run import open_loop
 from mell_ray.replay.session import Finished, replay
 from mell_ray.replay.types import Job, Outcome, ReplayOptions
@@ -168,3 +172,70 @@ def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["replay", trace, *options])
         assert result.exit_code == 2
         assert message in result.output
+
+
+async def test_a_replay_that_is_stopped_keeps_what_had_ended(server: FakeServer) -> None:
+    halt: list[Callable[[], None]] = []
+
+    class Stop:
+        def sent(self) -> None: ...
+
+        def ended(self, _: Outcome) -> None:
+            asyncio.get_running_loop().call_soon(halt[0])
+
+    jobs = [Job(0, 0.0, 10, 3), Job(1, 0.0, 106, 3), Job(2, 3600.0, 10, 3)]
+    async with Endpoint(server.url) as endpoint:
+        done = await replay(jobs, endpoint, ReplayOptions(), watcher=Stop(), stoppable=halt.append)
+    assert [o.job.number for o in done.outcomes] == [0]
+    assert (done.summary.requests, done.summary.failed, done.summary.left_out) == (1, 0, 2)
+    assert any("interrupted: 2 requests" in note for note in notes(done.summary))
+
+
+def test_ctrl_c_writes_the_reports(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = write_trace(tmp_path / "t.csv", [20, 106])
+    figures, page = tmp_path / "r.json", tmp_path / "r.html"
+
+    send = Endpoint.send
+
+    async def send_and_interrupt(self: Endpoint, *args: Any) -> Outcome:
+        outcome = await send(self, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return outcome
+
+    monkeypatch.setattr(Endpoint, "send", send_and_interrupt)
+    command = ["replay", trace, "--url", server.url, "--json", str(figures), "--html", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 130, result.output
+    told = json.loads(figures.read_text())
+    assert (told["requests"], told["left_out"], told["failed"]) == (1, 1, 0)
+    assert "interrupted" in page.read_text()
+
+
+async def test_answers_without_usage_are_said_to_be_uncounted(server: FakeServer) -> None:
+    done = await run(server, [Job(0, 0.0, 109, 5), Job(1, 0.0, 10, 5)])
+    assert (done.summary.ok, done.summary.uncounted) == (2, 1)
+    assert any("told no token counts" in note for note in notes(done.summary))
+
+
+async def test_a_refusal_is_told_in_the_words_of_other_servers(server: FakeServer) -> None:
+    done = await run(server, [Job(0, 0.0, 110, 5)])
+    assert done.summary.errors[0].example == "HTTP 400: too long for me"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "", "http://host:99999"])
+def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None:
+    with pytest.raises(ConfigError, match="--url"):
+        Endpoint(url)
+
+
+def test_a_report_that_cannot_be_written_is_named_before_anything_is_sent(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    trace = write_trace(tmp_path / "t.csv", [20])
+    command = ["replay", trace, "--url", server.url, "--html", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+    assert not server.bodies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mell_ray.errors import ConfigError
 from mell_ray.scheduler import policy_names
 from mell_ray.simulation.audit import Auditor
-from mell_ray.simulation.loop import simulate
+from mell_ray.simulation.loop import Simulation, simulate
 from mell_ray.simulation.transform import (
     compress,
     drop_larger,
@@ -201,3 +202,83 @@ def test_coarse_clock_is_spread_within_its_step() -> None:
     assert len({r.arrival_s for r in spread}) == 40
     by_number = {r.request: r.arrival_s for r in spread}
     assert all(0 <= by_number[r.request] - r.arrival_s < 3.0 for r in rows)
+
+
+def with_gaps() -> list[TraceRow]:
+    """Bursts with minutes of nothing between them, the first one long after time 0."""
+    starts = (900.0, 1800.0, 1803.0, 2700.0)
+    return [
+        TraceRow(4 * burst + i, start + i / 7, 300 + 50 * i, 40 + 30 * i)
+        for burst, start in enumerate(starts)
+        for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"startup_s": 30.0},
+        {"idle_grace_s": 20.0, "measure_from_share": 0.4, "measure_drain": False},
+        {"max_samples": 50},
+        {"policy": "mell", "gpus_per_node": 4},
+    ],
+)
+def test_quiet_times_are_left_out_without_a_trace(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, short_log, _ = run(with_gaps(), **changes)
+    monkeypatch.setattr(Simulation, "_skip_idle", lambda _, step: step)
+    long, long_log, _ = run(with_gaps(), **changes)
+    assert short_log.events == long_log.events
+    assert short.scheduler_events < long.scheduler_events / 2
+    assert short.duration_s == pytest.approx(long.duration_s)
+    left_out = ("scheduler_events", "scheduler_seconds", "duration_s", "timeline")
+    for name in set(short.__dict__) - set(left_out):
+        assert getattr(short, name) == getattr(long, name), name
+    assert short.timeline.t == pytest.approx(long.timeline.t)
+    assert short.timeline.gpus == long.timeline.gpus
+
+
+def test_years_before_the_first_request_take_no_time() -> None:
+    result, _, _ = run([TraceRow(0, 9e7, 10, 30)])
+    assert result.scheduler_events < 1000
+
+
+def test_a_share_of_the_trace_is_measured_wherever_it_begins() -> None:
+    rows = service(60)
+    later = [replace(row, arrival_s=row.arrival_s + 3600.0) for row in rows]
+    first, _, _ = run(rows, measure_from_share=0.5)
+    second, _, _ = run(later, measure_from_share=0.5)
+    assert second.total_tokens == first.total_tokens
+    assert second.lower_bound_gpu_seconds == pytest.approx(first.lower_bound_gpu_seconds, rel=0.05)
+
+
+def test_copies_of_a_trace_that_begins_late_keep_its_load() -> None:
+    rows = [TraceRow(i, 3600.0 + i, 10, 10) for i in range(100)]
+    copies = superpose(rows, 3, Random(0))
+    assert len(copies) == 300
+    assert copies[0].arrival_s >= 3600.0
+    assert copies[-1].arrival_s < 3701.0
+
+
+def test_a_request_that_waits_again_after_a_preemption_is_one_that_waited() -> None:
+    result, _, report = run(service(80), max_gpus=1)
+    assert report.preemptions > 0
+    assert result.delayed_requests <= result.finished
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"startup_s": float("inf")},
+        {"decode_tokens_per_s": float("inf")},
+        {"time_compression": float("inf")},
+        {"idle_grace_s": float("nan")},
+        {"max_gpus": 1, "initial_gpus": 5},
+        {"max_gpus": 1, "spare_gpus": 2},
+    ],
+)
+def test_options_that_make_no_sense_are_named(changes: dict) -> None:
+    with pytest.raises(ConfigError, match=next(reversed(changes))):
+        SimOptions(gpu_tokens=4000, **changes)

@@ -172,6 +172,9 @@ def test_recorded_trace_end_to_end(recorded_traces: Path, tmp_path: Path) -> Non
         (("plan", LOAD, "--model", ".", "--policies", "best-fit,best-fit"), "names one twice"),
         (("plan", LOAD, "--model", ".", "--sweep-prices", "0,free"), "'free' is not a number"),
         (("plan", LOAD, "--model", ".", "--sweep-prices", "-1"), "'-1' is not a price"),
+        (("simulate", LOAD, "--gpu-tokens", 1), "are larger than the 1 KV tokens of a GPU"),
+        (("simulate", LOAD, "--gpu-tokens", 9000, "--copies", 0.001), "--copies 0.001 leaves none"),
+        (("simulate", LOAD, "--gpu-tokens", 9000, "--startup-s", "inf"), "startup_s"),
         (("audit", LOAD, "nowhere.jsonl"), "error: event log nowhere.jsonl: cannot read"),
     ],
 )
@@ -200,3 +203,9 @@ def test_a_report_that_cannot_be_written_is_named(tmp_path: Path, llama: Path) -
     )
     assert result.exit_code == 2
     assert "cannot write" in result.stderr
+
+
+def test_what_cannot_be_written_is_named_before_the_run(tmp_path: Path) -> None:
+    result = run("simulate", tmp_path / "no-trace.csv", "--gpu-tokens", 9, "--json", tmp_path)
+    assert result.exit_code == 2
+    assert f"cannot write {tmp_path}" in result.stderr

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mell_ray.errors import ConfigError
-from mell_ray.simulation.trace import read_trace, write_trace
+from mell_ray.simulation.trace import from_first, read_trace, write_trace
 from mell_ray.simulation.types import TraceRow
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
@@ -37,7 +37,7 @@ def test_columns_are_found_by_name_and_others_are_ignored(tmp_path: Path) -> Non
 
 
 def test_spreadsheet_habits_are_accepted(tmp_path: Path) -> None:
-    text = "\ufeff" + HEADER.replace("\n", "\r\n") + "0,374.0,44.0\r\n\r\n"
+    text = "\ufeff" + HEADER.replace("\n", "\r\n") + " \r\n0,374.0,44.0\r\n\r\n"
     (row,) = read_text(tmp_path, text)
     assert (row.prompt_tokens, row.output_tokens) == (374, 44)
 
@@ -144,3 +144,76 @@ def test_recorded_traces_are_read_whole(recorded_traces: Path) -> None:
         rows = read_trace(recorded_traces / f"{name}.csv.gz")
         assert len(rows) == count
         assert {row.request for row in rows} == set(range(count))
+
+
+PUBLISHED = {
+    "azure-2023.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
+    "azure-2024.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2024-05-10 00:00:00.009930+00:00,374,44\n2024-05-10 00:00:04.324509+00:00,396,109\n",
+    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "5,ChatGPT,374,44,418,Conversation log\n9.314579,GPT-4,396,109,505,API log\n",
+    "mooncake.jsonl": '{"timestamp": 0, "input_length": 374, "output_length": 44, '
+    '"hash_ids": [7]}\n'
+    '{"timestamp": 4314.579, "input_length": 396, "output_length": 109, "hash_ids": []}\n',
+    "ours-dated.csv": HEADER
+    + "2024-05-10T02:00:00+02:00,374,44\n2024-05-10T00:00:04.314579Z,396,109",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_traces_are_read_as_they_are(tmp_path: Path, name: str) -> None:
+    rows = from_first(read_text(tmp_path, PUBLISHED[name], name))
+    assert [(row.prompt_tokens, row.output_tokens) for row in rows] == [(374, 44), (396, 109)]
+    assert rows[1].arrival_s - rows[0].arrival_s == pytest.approx(4.314579)
+
+
+def test_hashes_of_json_lines_are_prefix_hashes(tmp_path: Path) -> None:
+    rows = read_text(tmp_path, PUBLISHED["mooncake.jsonl"], "m.jsonl")
+    assert [row.prefix_hashes for row in rows] == [("7",), ()]
+
+
+def test_failed_requests_of_burstgpt_are_left_out_and_said_so(tmp_path: Path) -> None:
+    path = tmp_path / "b.csv"
+    path.write_text(PUBLISHED["burstgpt.csv"].replace("374,44", "374,0"))
+    notes: list[str] = []
+    (row,) = read_trace(path, notes.append)
+    assert row.request == 1  # the number of its line, as ever
+    assert len(notes) == 1
+    assert "1 requests without an output had failed" in notes[0]
+
+
+@pytest.mark.parametrize("unit", [1, 1e3, 1e6, 1e9])
+def test_unix_times_of_any_unit_are_counted_from_the_first(tmp_path: Path, unit: float) -> None:
+    lines = [f"{round((1_715_299_200 + t) * unit)},10,5" for t in (0, 3, 60)]
+    rows = from_first(read_text(tmp_path, HEADER + "\n".join(lines)))
+    assert [row.arrival_s for row in rows] == [0, 3, 60]
+
+
+def test_seconds_of_a_trace_stay_as_they_are() -> None:
+    rows = [TraceRow(0, 3600.0, 10, 5)]
+    assert from_first(rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            '{"timestamp": 0, "input_length": 5, "output_length": 5}\n{"timestamp": 1',
+            "line 2: not JSON",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 5, "output_length": 5}\n7\n',
+            "line 2: not a JSON object",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 5, "output_length": 5}\n{"timestamp": 1}\n',
+            "line 2, column input_length: '' is not a number",
+        ),
+        ('{"time": 0}\n', "no column 'arrival_s'"),
+        (HEADER + "yesterday,5,5\n", "line 2, column arrival_s: 'yesterday' is not a number, nor"),
+    ],
+)
+def test_wrong_json_lines_and_dates_are_named(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        read_text(tmp_path, text)

@@ -93,12 +93,26 @@ def parse_params(name: str, kind: type, params: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: an unknown setting or a wrong value, by name.
     """
-    known = list(getattr(kind, "__dataclass_fields__", {}))
+    known: Mapping[str, Any] = getattr(kind, "__dataclass_fields__", {})
     for key in params:
         if key not in known:
             listing = ", ".join(known) or "none"
             raise ConfigError(f"policy {name!r} has no setting {key!r}; it has: {listing}")
+        _check_type(name, key, known[key].type, params[key])
     try:
         return kind(**params)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"policy {name!r}: {error}") from None
+
+
+def _check_type(policy: str, key: str, annotation: str, value: object) -> None:
+    """Whether ``value`` is what a field annotated so holds; fields of other kinds may hold all."""
+    kinds = set(annotation.split(" | "))
+    if kinds == {"bool"} and type(value) is not bool:
+        raise ConfigError(f"policy {policy!r}: {key} must be true or false, not {value!r}")
+    if not kinds <= {"int", "float", "None"} or (value is None and "None" in kinds):
+        return
+    number = "a whole number" if "float" not in kinds else "a number"
+    allowed = (int, float) if "float" in kinds else (int,)
+    if type(value) not in allowed or value != value:  # the last: not a number (NaN)
+        raise ConfigError(f"policy {policy!r}: {key} must be {number}, not {value!r}")
