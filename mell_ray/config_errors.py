@@ -122,6 +122,7 @@ def _problem(model: type[BaseModel], path: Sequence[str | int], item: Mapping[st
     message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if item["type"] == "value_error":
         return message
+    message = message.partition(", unable to ")[0]
     return f"{message}, not {_short(item['input'])}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from mell_ray.errors import ConfigError, MellError
 
@@ -156,21 +158,47 @@ def drain(
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Parse and check a Serve config as far as it is ours, before anything starts."""
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
     from mell_ray.config import MellConfig
+    from mell_ray.config_errors import describe
     from mell_ray.serving.checks import check_config
 
     try:
-        settings = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not valid YAML: not in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("applications"), list):
+    if not isinstance(settings, dict) or not settings.get("applications"):
         raise ConfigError(f"{path}: applications: a Serve config needs a list of applications")
-    for application in settings["applications"]:
-        if str(application.get("import_path", "")).startswith("mell_ray."):
-            check_config(MellConfig.parse(application.get("args") or {}))
+    try:
+        ServeDeploySchema.model_validate(settings)
+        _refuse_unknown(settings, ServeDeploySchema, f"{path}: ")
+        for number, application in enumerate(settings["applications"]):
+            where = f"{path}: applications.{number}."
+            _refuse_unknown(application, ServeApplicationSchema, where)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(ServeDeploySchema, error)}") from None
+    for number, application in enumerate(settings["applications"]):
+        if str(application["import_path"]).startswith("mell_ray."):
+            try:
+                check_config(MellConfig.parse(application.get("args") or {}))
+            except ConfigError as error:
+                where = f"{path}: applications.{number}.args"
+                raise ConfigError(f"{where}: {error.message}") from None
     return settings
+
+
+def _refuse_unknown(settings: dict[str, Any], schema: type[BaseModel], where: str) -> None:
+    """Serve itself ignores what it does not know."""
+    for name in settings:
+        if name not in schema.model_fields:
+            meant = difflib.get_close_matches(name, schema.model_fields, n=1)
+            advice = f"; did you mean {meant[0]!r}?" if meant else ""
+            raise ConfigError(f"{where}{name}: unknown setting{advice}")
 
 
 def ray_environment(

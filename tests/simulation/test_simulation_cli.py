@@ -161,7 +161,7 @@ def test_recorded_trace_end_to_end(recorded_traces: Path, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (("simulate", "nowhere.csv", "--gpu-tokens", 9), "error: trace nowhere.csv: cannot read"),
-        (("simulate", "synthetic:poisson", "--gpu-tokens", 9), "rate: Field required"),
+        (("simulate", "synthetic:poisson", "--gpu-tokens", 9), "rate: is missing"),
         (("simulate", LOAD, "--gpu-tokens", 4000, "--policy", "magic"), "magic"),
         (("simulate", LOAD, "--gpu-tokens", 4000, "--param", "a"), "--param 'a' is not name=value"),
         (("simulate", LOAD, "--gpu-tokens", 4000, "--param", "nonsense=1"), "nonsense"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mell_ray.cli import app
 from mell_ray.config import MellConfig
 from mell_ray.config_errors import FOREIGN
 from mell_ray.errors import ConfigError
@@ -139,3 +142,46 @@ def test_accelerators_that_ray_may_know_are_taken(name: str) -> None:
 def test_all_that_is_wrong_is_told_at_once() -> None:
     message = problem(ENGINE, {"max_model_len": 0, "tensor_parallel_size": 2, "block_sise": 4})
     assert message.count(ENGINE) == 3
+
+
+LOCAL = (Path(__file__).resolve().parents[2] / "deployments" / "local.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "applications: a Serve config needs a list"),
+        ("applications: []", "applications: a Serve config needs a list"),
+        ("applications: 5", "applications: must be a list, not 5"),
+        ("applications: [x]", "applications.0: must be a mapping"),
+        ("applications: [{name: x}]", "applications.0.import_path: is missing"),
+        (LOCAL.replace("port: 8000", "port: abc"), "http_options.port: must be a valid integer"),
+        (LOCAL.replace("http_options", "http_option"), "http_option: unknown setting; did you"),
+        (LOCAL.replace("route_prefix", "prefix"), "applications.0.prefix: unknown setting"),
+        (LOCAL.replace("accelerator_type", "acelerator_type"), "0.args: llm_configs.0.acelerator"),
+        ("a: [", "not valid YAML"),
+        (b"\xff\xfe", "not in UTF-8"),
+    ],
+)
+def test_a_serve_config_that_is_wrong_is_named_before_ray_starts(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = CliRunner().invoke(app, ["serve", str(path)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}: ")
+    assert message in result.stderr
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "cannot read it: Is a directory" in result.stderr
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host"])
+def test_an_operator_call_to_no_address_says_so(url: str) -> None:
+    result = CliRunner().invoke(app, ["status", "--once", "--url", url])
+    assert result.exit_code == 2
+    assert "not an http:// or https:// address" in result.stderr
