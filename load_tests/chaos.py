@@ -23,8 +23,6 @@ import collections
 import json
 import os
 import random
-import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -43,13 +41,11 @@ os.environ.update(
 
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
-import ray  # noqa: E402
 from left_over import left_over  # noqa: E402
-from ray import serve  # noqa: E402
+from live_app import served  # noqa: E402
 
 from mell_ray.bench.processes import APP, private_bytes, processes  # noqa: E402
 from mell_ray.builtin import MODEL_ID  # noqa: E402
-from mell_ray.serving import build_openai_app  # noqa: E402
 
 VICTIMS = ("replica", "router", "migrator", "ingress", "controller")
 PROMPTS = [f"Chapter {i}. It was a truth that" for i in range(1, 25)]
@@ -269,33 +265,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=8,
-        resources={"mell_cpu": options.replicas},
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(SCRATCH),
+    application = served(
+        _settings(options),
+        APP,
+        replicas=options.replicas,
+        scratch=SCRATCH,
+        logging_config={"log_level": "ERROR", "enable_access_log": False},
     )
-    try:
-        serve.start(
-            http_options={"host": "127.0.0.1", "port": port},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
-        )
-        serve.run(build_openai_app(_settings(options)), name=APP, route_prefix="/")
-        report = asyncio.run(Chaos(f"http://127.0.0.1:{port}", options).run())
-    finally:
-        serve.shutdown()
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == f"mell.{APP}":
-                ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
-        ray.shutdown()
-        shutil.rmtree(SCRATCH, ignore_errors=True)
+    with application as url:
+        report = asyncio.run(Chaos(url, options).run())
     print(json.dumps(report, indent=2))
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")

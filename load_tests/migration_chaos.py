@@ -17,8 +17,6 @@ import collections
 import json
 import os
 import random
-import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -38,12 +36,11 @@ os.environ.update(
 import httpx  # noqa: E402
 import ray  # noqa: E402
 from left_over import left_over  # noqa: E402
-from ray import serve  # noqa: E402
+from live_app import served  # noqa: E402
 from ray._private.internal_api import memory_summary, node_stats  # noqa: E402
 
 from mell_ray.builtin import MODEL_ID  # noqa: E402
 from mell_ray.migration.faults import LOST_S  # noqa: E402
-from mell_ray.serving import build_openai_app  # noqa: E402
 
 APP = "chaos"
 OBJECTS_PATIENCE_S = 2 * LOST_S
@@ -232,30 +229,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     FAULTS.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=8,
-        resources={"mell_cpu": options.replicas},
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(SCRATCH),
+    application = served(
+        _settings(options.replicas),
+        APP,
+        replicas=options.replicas,
+        scratch=SCRATCH,
     )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_openai_app(_settings(options.replicas)), name=APP, route_prefix=f"/{APP}")
-        report = asyncio.run(Chaos(f"http://127.0.0.1:{port}/{APP}", options).run())
-    finally:
-        serve.shutdown()
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == f"mell.{APP}":
-                ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
-        ray.shutdown()
-        shutil.rmtree(SCRATCH, ignore_errors=True)
+    with application as url:
+        report = asyncio.run(Chaos(url, options).run())
     print(json.dumps(report, indent=2))
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")

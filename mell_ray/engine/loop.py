@@ -104,13 +104,18 @@ class EngineLoop:
                     return False
                 if not self._calls:
                     return True
-                function, future = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
+            self._answer(*self._calls.popleft())
+
+    def _answer(self, function: Callable[[Engine], object], future: Future[object]) -> None:
+        try:
+            if future.set_running_or_notify_cancel():
                 future.set_result(function(self._engine))
-            except BaseException as error:
-                future.set_exception(error)
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            # An error holds this frame, and would hold itself: what the call was made of, blocks of
+            # a migration say, would stay until the garbage collector comes.
+            del function, future
 
     def _fail_waiting_calls(self) -> None:
         with self._wake:

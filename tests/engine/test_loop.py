@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
+import weakref
 
 import pytest
 
+from mell_ray.engine import Engine
 from mell_ray.engine.loop import EngineLoop
 
 
@@ -50,3 +54,31 @@ def test_paced_engine_answers_between_its_steps(monkeypatch: pytest.MonkeyPatch)
     assert [loop.call(lambda _: engine.steps).result(60) for _ in range(3)] == [1, 1, 1]
     loop.stop()
     assert engine.steps == 1
+
+
+def test_what_a_failed_call_held_goes_with_its_error() -> None:
+    """Blocks of a migration would else stay in Ray's store until the garbage collector comes, and
+    in a process that has nothing more to do it does not come."""
+
+    class Payload:
+        pass
+
+    def fail(_: Engine, payload: Payload) -> None:
+        raise ValueError(f"no {type(payload).__name__}")
+
+    loop, stepped = run(Busy())
+    gc.disable()
+    try:
+        payload = Payload()
+        held = weakref.ref(payload)
+        call = loop.call(functools.partial(fail, payload=payload))
+        del payload
+        with pytest.raises(ValueError, match="no Payload"):
+            call.result(60)
+        del call
+        stepped.clear()
+        assert stepped.wait(60)
+        assert held() is None
+    finally:
+        gc.enable()
+        loop.stop()
