@@ -51,17 +51,21 @@ IMPATIENT = frozenset({"overflow", "make-room", "operator"})
 
 async def _ask(call: Awaitable[T]) -> T:
     """Await a replica's answer in the driver's terms: MellError, PeerDied or TimeoutError."""
+    told: BaseException
     try:
         return await call
     except ActorDiedError as error:
-        raise PeerDied(str(error).splitlines()[0]) from None
+        told = PeerDied(str(error).splitlines()[0])
     except (ActorUnavailableError, ObjectLostError) as error:
-        raise MigrationError(f"{type(error).__name__}: no answer from the replica") from None
+        told = MigrationError(f"{type(error).__name__}: no answer from the replica")
     except RayTaskError as error:
-        cause = unwrap(error)
-        if isinstance(cause, RayTaskError):
-            raise MigrationError(f"{type(cause.cause).__name__}: {cause.cause}") from None
-        raise cause from None
+        told = unwrap(error)
+        if isinstance(told, RayTaskError):
+            told = MigrationError(f"{type(told.cause).__name__}: {told.cause}")
+    try:
+        raise told  # out here, or it and Ray's error would hold each other, and all that they saw
+    finally:
+        del told
 
 
 class RaySource:
