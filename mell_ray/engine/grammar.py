@@ -78,6 +78,11 @@ class GrammarCompiler:
                 self._known.move_to_end(grammar)
                 return known.deep_copy()
         compiled = LLMatcher(self._wrapped(), grammar, log_level=0, limits=_LIMITS)
+        if not compiled.is_error():
+            # Whether there is a first token: a rule that only refers to itself has none.
+            first = compiled.deep_copy()
+            first.compute_bitmask()
+            compiled = first if first.is_error() else compiled
         if compiled.is_error():
             raise InvalidRequestError(_reason(compiled.get_error()), param="response_format")
         with self._lock:
@@ -203,6 +208,8 @@ def _no_grammars() -> InvalidRequestError:
 
 def _reason(error: str) -> str:
     """The library's message without pictures and without hints at options that clients lack."""
+    if error.startswith("NoExtension"):
+        error = "no text can follow it; look for a definition that only refers to itself"
     lines = error.replace(_ITS_OPTION, "use anyOf instead").splitlines() or ["no reason given"]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].removeprefix('error: ')}"
     return "the grammar cannot be used: " + text

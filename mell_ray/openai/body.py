@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+# Marks of where a prompt may be cached, which clients put on parts, messages and tools alike.
+CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
+
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from mell_ray.openai.body import Body, check_text, identifier
+from mell_ray.openai.body import CACHE_HINTS, Body, check_text, identifier
 from mell_ray.openai.limits import MAX_NAME_CHARS, MAX_TOOLS
 
 UNSUPPORTED_MESSAGE: Mapping[str, tuple[Any, ...]] = {
@@ -35,7 +35,7 @@ def _participant(value: Any) -> str:
 def _text_part(part: Any) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         raise ValueError('only content parts of {"type": "text"} are supported')
-    if not isinstance(part.get("text"), str) or len(part) != 2:
+    if not isinstance(part.get("text"), str) or part.keys() - CACHE_HINTS != {"type", "text"}:
         raise ValueError('a text part must be {"type": "text", "text": "..."}')
     return check_text(part["text"])
 
@@ -83,7 +83,7 @@ class Message(Body):
     message with tool calls may have no content; it then is empty.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"annotations", "parsed"})
+    ignored: ClassVar[frozenset[str]] = CACHE_HINTS | {"annotations", "parsed"}
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

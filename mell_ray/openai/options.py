@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, StrictBool, ValidationInfo, field_validator
 
-from mell_ray.openai.body import Body, check_text, identifier
+from mell_ray.openai.body import CACHE_HINTS, Body, check_text, identifier
 from mell_ray.openai.limits import MAX_TOOLS
 
 
@@ -63,6 +63,8 @@ class FunctionDefinition(Body):
 
 
 class Tool(Body):
+    ignored: ClassVar[frozenset[str]] = CACHE_HINTS
+
     type: Literal["function"]
     function: FunctionDefinition
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from mell_ray.openai.body import CACHE_HINTS
 from mell_ray.openai.limits import MAX_INT32, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from mell_ray.openai.protocol import ChatCompletionRequest, CompletionRequest
 
@@ -54,7 +55,11 @@ _FORMS: dict[str, Schema] = {
                 "minItems": 1,
                 "items": {
                     "type": "object",
-                    "properties": {"type": {"const": "text"}, "text": _TEXT},
+                    "properties": {
+                        "type": {"const": "text"},
+                        "text": _TEXT,
+                        **{hint: {"description": "Ignored."} for hint in sorted(CACHE_HINTS)},
+                    },
                     "required": ["type", "text"],
                     "additionalProperties": False,
                 },

@@ -351,3 +351,16 @@ def test_parameters_of_a_function_are_an_object(kind: Any) -> None:
     error = refusal(ChatCompletionRequest, {**CHAT, "tools": [tool]})
     assert error.param == "tools.0.function.parameters"
     assert "type 'object'" in error.message
+
+
+def test_marks_for_a_prompt_cache_change_nothing() -> None:
+    hint = {"type": "ephemeral"}
+    part = {"type": "text", "text": "a", "cache_control": hint, "prompt_cache_breakpoint": None}
+    message = {"role": "user", "content": [part], "cache_control": hint}
+    tool = {"type": "function", "function": {"name": "f"}}
+    marked = {**CHAT, "messages": [message], "tools": [{**tool, "cache_control": hint}]}
+    plain = {**CHAT, "messages": [{"role": "user", "content": "a"}], "tools": [tool]}
+    accepted = [ChatCompletionRequest.model_validate(body) for body in (marked, plain)]
+    assert accepted[0] == accepted[1]
+    message["content"] = [{**part, "x": 1}]
+    assert refusal(ChatCompletionRequest, marked).param == "messages.0.content"

@@ -150,6 +150,7 @@ def test_a_schema_beyond_all_bounds_is_refused_unread(schema: dict[str, Any], sa
     [
         ({"type": "string", "pattern": "(?=x)y"}, "regex parse error: look-around"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "not supported. use anyOf"),
+        ({"$ref": "#"}, "only refers to itself"),
     ],
 )
 def test_the_reason_is_one_that_a_client_can_do_something_about(
