@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mell_ray.errors import UnsupportedModelError
+from mell_ray.errors import ConfigError, UnsupportedModelError
 
 MODEL_TYPES = {
     "llama": "Llama 2 and 3",
@@ -81,6 +81,28 @@ def check_config(config: Any, max_model_len: int | None) -> None:
         )
     for parameters in _rope_parameters(text):
         _check_rope(config, parameters, max_model_len)
+
+
+def context_length(config: Any, max_model_len: int | None) -> int:
+    """Prompt and output tokens at most: as configured, or as many as the model has positions.
+
+    Raises:
+        ConfigError: neither says, or more are configured than the model has.
+    """
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if max_model_len is None:
+        if limit is None:
+            raise ConfigError(
+                "the model's config names no max_position_embeddings; set max_model_len",
+                param="max_model_len",
+            )
+        return int(limit)
+    if limit is not None and max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len ({max_model_len}) exceeds the model's {limit} positions",
+            param="max_model_len",
+        )
+    return max_model_len
 
 
 def end_token_ids(generation: Any, config: Any) -> tuple[int, ...]:

@@ -25,11 +25,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
-from mell_ray.engine.families import check_config, end_token_ids
+from mell_ray.engine.families import check_config, context_length, end_token_ids
 from mell_ray.engine.fused import FusedDecoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.engine.loading import load_weights
-from mell_ray.errors import ConfigError
 
 # No "flash" in the name: transformers takes any name that contains it for flash attention.
 ATTENTION_NAME = "mell_paged"
@@ -194,7 +193,7 @@ def load_model(
         device=target,
         kv_shape=kv_shape,
         vocab_size=int(text_config.vocab_size),
-        max_model_len=_max_model_len(text_config, config),
+        max_model_len=context_length(model.config, config.max_model_len),
         eos_token_ids=end_token_ids(getattr(model, "generation_config", None), model.config),
         num_parameters=model.num_parameters(),
     )
@@ -202,20 +201,3 @@ def load_model(
     loaded.fused = fuse(model, config.weight_copies_share)
     gate.self_check(loaded, expected, config.block_size)
     return loaded
-
-
-def _max_model_len(text_config: Any, config: EngineConfig) -> int:
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if config.max_model_len is None:
-        if limit is None:
-            raise ConfigError(
-                "the model's config names no max_position_embeddings; set max_model_len",
-                param="max_model_len",
-            )
-        return int(limit)
-    if limit is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len ({config.max_model_len}) exceeds the model's {limit} positions",
-            param="max_model_len",
-        )
-    return config.max_model_len

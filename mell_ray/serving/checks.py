@@ -7,7 +7,7 @@ from mell_ray.errors import ConfigError
 from mell_ray.observability.tracing import check_tracing
 from mell_ray.scheduler import Scheduler
 from mell_ray.serving.guard import Guard
-from mell_ray.serving.model_source import resolve_source
+from mell_ray.serving.model_source import check_directory
 from mell_ray.serving.scheduling import scheduler_config
 
 
@@ -15,7 +15,7 @@ def check_config(config: MellConfig) -> None:
     """Raises ConfigError, naming the setting: model sources, API keys, the policy and its
     parameters, the exporter of traces."""
     for llm in config.llm_configs:
-        resolve_source(llm)
+        check_directory(llm)
     Guard(config.mell.auth, config.mell.ingress)
     check_tracing(config.mell.observability.tracing)
     try:

@@ -39,6 +39,19 @@ def resolve_source(llm: LLMConfig) -> str:
     return str(directory) if looks_like_path else source
 
 
+def check_directory(llm: LLMConfig) -> None:
+    """Look at a model that lies in a directory as far as that goes without its weights, which come
+    long after the start; what must be fetched first is looked at by who fetches it.
+
+    Raises:
+        ConfigError: names what is wrong, and the setting.
+    """
+    source = resolve_source(llm)
+    if llm.model_loading_config.source != BUILTIN_SOURCE and Path(source).is_dir():
+        context_length(llm)
+        load_tokenizer(llm)
+
+
 def load_tokenizer(llm: LLMConfig) -> Any:
     """Raises ConfigError: the source has no tokenizer that can be loaded."""
     from transformers import AutoTokenizer
@@ -58,22 +71,19 @@ def context_length(llm: LLMConfig) -> int:
     """The model's limit of prompt + output in tokens, as configured or from its own config.
 
     Raises:
-        ConfigError: neither names one, or there is no such model.
-        UnsupportedModelError: the engine cannot run this model.
+        ConfigError: there is no such model, it does not suit ``max_model_len``, or (an
+            UnsupportedModelError) the engine cannot run it.
     """
-    from mell_ray.engine.families import check_config
+    from mell_ray.engine import families
 
-    limit = llm.engine_kwargs.max_model_len
-    config = _model_config(llm)
-    check_config(config, limit)
-    if limit is None:
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        raise ConfigError(
-            f"llm_configs[{llm.model_id}].engine_kwargs.max_model_len: must be set, as the model's "
-            "config names no max_position_embeddings"
-        )
-    return int(limit)
+    config, limit = _model_config(llm), llm.engine_kwargs.max_model_len
+    try:
+        families.check_config(config, limit)
+        return families.context_length(config, limit)
+    except ConfigError as error:
+        where = "model_loading_config" if error.param == "model_source" else "engine_kwargs"
+        message = f"llm_configs[{llm.model_id}].{where}.{error.param}: {error.message}"
+        raise type(error)(message, param=error.param) from None
 
 
 def model_end_token_ids(llm: LLMConfig) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ import transformers as hf
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mell_ray.config import LLMConfig
+from mell_ray.config import MellConfig
 from mell_ray.errors import ConfigError, UnsupportedModelError
-from mell_ray.serving.ingress import _served_model
+from mell_ray.serving.checks import check_config
 from tests.engine.support import TINY
 from tests.unit.openai.conftest import CHAT_TEMPLATE, CORPUS, make_byte_level
 from tests.unit.serving.inprocess_api import make_api
@@ -48,7 +48,7 @@ def without_eos() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE)
 
 
-def save(path: Path, tokenizer: Any = None, **config: Any) -> LLMConfig:
+def save(path: Path, tokenizer: Any = None, **config: Any) -> None:
     vocab = TINY["vocab_size"] if tokenizer is None else len(tokenizer)
     torch.manual_seed(1)
     model = hf.LlamaForCausalLM(
@@ -57,7 +57,6 @@ def save(path: Path, tokenizer: Any = None, **config: Any) -> LLMConfig:
     model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-    return LLMConfig.model_validate(llm(path))
 
 
 def llm(path: Path) -> dict[str, Any]:
@@ -129,20 +128,33 @@ def test_a_chat_template_that_fails_is_told(tmp_path: Path, template: str) -> No
     assert "chat template" in answer.json()["error"]["message"]
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
+    save(tmp_path)
     with pytest.raises(ConfigError, match=r"llm_configs\[m\].*the tokenizer of .*tokenizer.json"):
-        _served_model(save(tmp_path))
+        start(tmp_path)
 
 
-def test_a_model_that_cannot_run_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+def test_a_model_that_cannot_run_stops_the_start(tmp_path: Path) -> None:
     make_byte_level().save_pretrained(tmp_path)
     hf.BloomConfig().save_pretrained(tmp_path)  # and it names no length of its context
-    with pytest.raises(UnsupportedModelError, match="'bloom'"):
-        _served_model(LLMConfig.model_validate(llm(tmp_path)))
+    with pytest.raises(UnsupportedModelError, match=r"llm_configs\[m\].*model_source: .*'bloom'"):
+        start(tmp_path)
 
 
-def test_a_config_of_no_known_model_is_refused(tmp_path: Path) -> None:
+def test_a_context_longer_than_the_model_has_positions_stops_the_start(tmp_path: Path) -> None:
+    save(tmp_path, make_byte_level())
+    with pytest.raises(ConfigError, match=r"llm_configs\[m\].engine_kwargs.max_model_len: .* 256 "):
+        start(tmp_path, max_model_len=257)
+    start(tmp_path, max_model_len=256)
+
+
+def test_a_config_of_no_known_model_stops_the_start(tmp_path: Path) -> None:
     make_byte_level().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(ConfigError, match=r"the config of .*nonesuch"):
-        _served_model(LLMConfig.model_validate(llm(tmp_path)))
+        start(tmp_path)
+
+
+def start(path: Path, **engine_kwargs: Any) -> None:
+    """What ``mell-ray serve`` and a deploy do before they start anything."""
+    check_config(MellConfig.parse({"llm_configs": [{**llm(path), "engine_kwargs": engine_kwargs}]}))
