@@ -24,6 +24,8 @@ QUANTITY: Schema = {
     "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
 }
 DURATION: Schema = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"}
+# What becomes a DNS name and a label's value once capitals, dots and underscores are replaced.
+NAME: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?)?$"}
 DNS_LABEL = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 # KubeRay sets these itself, and refuses pods that do.
@@ -168,6 +170,12 @@ HEAD = POD | {
 }
 BUDGET = {"enabled": FLAG, "minAvailable": {"type": "integer", "minimum": 1}}
 PEERS = array(obj({"podSelector": ANYTHING, "namespaceSelector": ANYTHING, "ipBlock": ANYTHING}))
+# Sections that the templates look into: with null, helm would remove them from the values.
+SECTIONS = (
+    *("image", "serve", "head", "workerDefaults", "workerGroups", "autoscaler", "rayAuth"),
+    *("gcsFaultTolerance", "upgrade", "modelCache", "apiKeys", "huggingFace", "serviceAccount"),
+    *("podDisruptionBudget", "networkPolicy", "ingress", "httpRoute", "metrics", "tests"),
+)
 
 
 def values_schema() -> Schema:
@@ -175,8 +183,8 @@ def values_schema() -> Schema:
     top = obj(
         {
             "global": ANYTHING,
-            "nameOverride": TEXT,
-            "fullnameOverride": TEXT,
+            "nameOverride": NAME,
+            "fullnameOverride": NAME,
             "commonLabels": TEXTS,
             "commonAnnotations": TEXTS,
             "image": IMAGE,
@@ -203,7 +211,8 @@ def values_schema() -> Schema:
             "metrics": _metrics(),
             "tests": obj({"enabled": FLAG, "timeoutSeconds": {"type": "integer", "minimum": 1}}),
             "extraObjects": array({"type": ["object", "string"]}),
-        }
+        },
+        SECTIONS,
     )
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -224,7 +233,8 @@ def _serve(definitions: dict[str, Schema]) -> Schema:
             "haproxy": FLAG,
             "models": array(_of_config(LLMConfig, definitions), minItems=1),
             "mell": _of_config(MellSettings, definitions),
-        }
+        },
+        ("models", "mell"),
     )
 
 
@@ -308,7 +318,9 @@ def _access() -> dict[str, Schema]:
         "serviceAccount": obj({"create": FLAG, "name": TEXT, "annotations": TEXTS}),
         "podSecurityContext": ANYTHING,
         "containerSecurityContext": ANYTHING,
-        "podDisruptionBudget": obj({"head": obj(BUDGET), "workers": obj(BUDGET)}),
+        "podDisruptionBudget": obj(
+            {"head": obj(BUDGET), "workers": obj(BUDGET)}, ("head", "workers")
+        ),
         "networkPolicy": obj(
             {
                 "enabled": FLAG,
@@ -322,7 +334,8 @@ def _access() -> dict[str, Schema]:
                         "rules": array(obj({"to": PEERS, "ports": array(ANYTHING)})),
                     }
                 ),
-            }
+            },
+            ("egress",),
         ),
         "ingress": obj(
             {
@@ -362,5 +375,6 @@ def _metrics() -> Schema:
             ),
             "prometheusRule": obj({"enabled": FLAG, "labels": TEXTS}),
             "dashboards": obj({"enabled": FLAG, "labels": TEXTS, "annotations": TEXTS}),
-        }
+        },
+        ("podMonitor", "prometheusRule", "dashboards"),
     )

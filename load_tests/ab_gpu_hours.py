@@ -47,6 +47,7 @@ from typing import Any
 import httpx
 import yaml
 
+from mell_ray.errors import ConfigError
 from mell_ray.replay.client import Endpoint
 from mell_ray.replay.plan import plan
 from mell_ray.replay.session import replay
@@ -366,7 +367,10 @@ def main() -> None:
         max_output=args.max_output,
         seed=args.seed,
     )
-    jobs = plan(load_trace(args.trace), options)[:: args.every]
+    try:
+        jobs = plan(load_trace(args.trace), options)[:: args.every]
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
     args.target_ongoing = args.target_ongoing or target_ongoing(jobs, args)
     print(
         f"{len(jobs)} requests in {jobs[-1].at_s:.0f} s, twice; Serve's target is "

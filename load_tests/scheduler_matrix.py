@@ -52,7 +52,10 @@ class Case:
 
 
 def cases(folder: Path, factors: list[float], seconds: float) -> Iterator[Case]:
-    for path in sorted(folder.glob("*.csv*")):
+    paths = sorted(folder.glob("*.csv*"))
+    if not paths:
+        raise SystemExit(f"{folder}: there are no traces (.csv, .csv.gz) in it")
+    for path in paths:
         rows = read_trace(path)
         if len({r.arrival_s for r in rows}) < len(rows) / 2:
             rows = spread_ties(rows, Random(1))  # recorded on a coarse clock

@@ -41,7 +41,7 @@ _BY_CLUSTER = "ray_io_cluster"
 _ENDED = "ray_mell_requests_finished_total"
 _ERROR, _REFUSED = '{outcome="error"}', '{outcome="refused"}'
 _MOVED = "ray_mell_migrations_total"
-_FAILED = _MOVED + '{outcome!="committed"}'
+_FAILED = _MOVED + '{outcome="aborted"}'  # "gone": the request ended meanwhile, as many do
 
 ALERTS = (
     Alert(

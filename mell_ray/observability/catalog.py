@@ -80,7 +80,8 @@ METRICS = (
     Metric(
         "mell_migrations_total",
         "counter",
-        "Migrations ended, by mode (kv, token), reason and outcome (committed, aborted, gone).",
+        "Migrations ended, by mode (kv, token, hybrid), reason and outcome (committed, aborted, or "
+        "gone: the request had left its source meanwhile).",
         "router",
         ("mode", "reason", "outcome"),
     ),

@@ -44,8 +44,12 @@ class Grafana:
             raise ConfigError(
                 "grafana-api is not installed: pip install 'mell-ray[grafana]'"
             ) from None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port or an IPv6 address that is none
+            is_address = False
+        if not is_address or not parts.hostname:
             raise ConfigError(f"--url: {url!r} is not an http:// or https:// address")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         path = parts.path.strip("/")

@@ -12,8 +12,8 @@ from mell_ray.serving.scheduling import scheduler_config
 
 
 def check_config(config: MellConfig) -> None:
-    """Raises ConfigError, naming the setting: model sources, API keys, the policy and its
-    parameters, the exporter of traces."""
+    """Raises ConfigError, naming the setting: model sources and context lengths, API keys, the
+    policy and its parameters, the exporter of traces."""
     for llm in config.llm_configs:
         check_directory(llm)
     Guard(config.mell.auth, config.mell.ingress)

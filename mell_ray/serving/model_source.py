@@ -47,8 +47,12 @@ def check_directory(llm: LLMConfig) -> None:
         ConfigError: names what is wrong, and the setting.
     """
     source = resolve_source(llm)
-    if llm.model_loading_config.source != BUILTIN_SOURCE and Path(source).is_dir():
+    builtin = llm.model_loading_config.source == BUILTIN_SOURCE
+    if not Path(source).is_dir():
+        return
+    if not builtin or llm.engine_kwargs.max_model_len is not None:
         context_length(llm)
+    if not builtin:
         load_tokenizer(llm)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,9 +126,11 @@ def read_events(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with open_text(path, "event log") as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, _parse_line(line, path, number)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"event log {path}: cannot read it: {reason}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"event log {path}: not JSON lines in UTF-8 (or their gzip)") from None
 
 
 def _parse_line(line: str, path: str | Path, number: int) -> dict[str, Any]:

@@ -76,3 +76,10 @@ def test_common_labels_reach_every_object_and_no_pod() -> None:
         assert manifest["metadata"]["annotations"]["note"] == "y"
     for template in pod_templates(manifests).values():
         assert "team" not in template["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("name", ["My_Name", "Team.App_v2", "7"])
+def test_given_names_are_made_fit(name: str) -> None:
+    manifests = render({"fullnameOverride": name, "nameOverride": name})
+    assert DNS_1035.fullmatch(rayservice(manifests)["metadata"]["name"])
+    assert all(LABEL_VALUE.fullmatch(v) for pairs in labels(manifests) for v in pairs.values())

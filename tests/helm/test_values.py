@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helm.support import VALUE_SETS, HelmError, render
+from tests.helm.support import VALUE_SETS, HelmError, pod_templates, render
 
 INCREMENTAL = {
     "upgrade.type": "NewClusterWithIncrementalUpgrade",
@@ -121,6 +121,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"workerGroups.cpu": {"acceleratorType": "L4"}}, "the group has no GPU"),
     ({"workerGroups.gpu.resources.limits": {"nvidia.com/gpu": 1}}, "comes from gpusPerPod"),
+    # sections that null would remove, and names that are none
+    ({"metrics": None}, "metrics is required"),
+    ({"serve.mell": None}, "serve: mell is required"),
+    ({"workerDefaults": None}, "workerDefaults is required"),
+    ({"nameOverride": "My App"}, "nameOverride"),
+    ({"fullnameOverride": "app-"}, "fullnameOverride"),
     ({"head.terminationGracePeriodSeconds": 25}, "must exceed head.preStopSeconds"),
     ({"modelCache.type": "existingClaim"}, "name the claim"),
     ({"ingress.enabled": True}, "ingress.hosts"),
@@ -145,6 +151,10 @@ RIGHT: list[dict[str, Any]] = [
     {"rayAuth.mode": "disabled"},
     {"head.env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]},
     {"gcsFaultTolerance.enabled": True, "gcsFaultTolerance.redisAddress": "redis:6379"},
+    # a key with nothing behind it, as a values file has it whose lines are commented out
+    dict.fromkeys(("env", "envFrom", "volumes", "volumeMounts", "podLabels", "podAnnotations")),
+    dict.fromkeys(("commonLabels", "commonAnnotations", "imagePullSecrets", "extraObjects")),
+    dict.fromkeys(("head.resources", "head.nodeSelector", "workerGroups.gpu.resources")),
 ]
 
 
@@ -162,3 +172,20 @@ def test_null_removes_a_group() -> None:
         for group in m["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     ]
     assert names == ["cpu"]
+
+
+def test_null_removes_a_security_context() -> None:
+    manifests = render({"podSecurityContext": None, "containerSecurityContext": None})
+    assert "securityContext" not in str(manifests)
+
+
+def test_a_volume_of_the_user_takes_the_place_of_the_charts() -> None:
+    values = {
+        "volumes": [{"name": "tmp", "hostPath": {"path": "/fast"}}],
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp", "subPath": "ray"}],
+    }
+    for template in pod_templates(render(values)).values():
+        volumes = template["spec"]["volumes"]
+        mounts = template["spec"]["containers"][0]["volumeMounts"]
+        assert [v for v in volumes if v["name"] == "tmp"] == values["volumes"]
+        assert [m for m in mounts if m["mountPath"] == "/tmp"] == values["volumeMounts"]

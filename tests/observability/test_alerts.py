@@ -142,6 +142,12 @@ CASES = (
         "21m",
         None,
     ),
+    Case(  # requests that end while they are moved are no failures
+        "MellMigrationsFailing",
+        {**moved("gone", "0+3x90"), **moved("committed", "0+1x90")},
+        "21m",
+        None,
+    ),
     Case(
         "MellMigrationStalls",
         buckets(STALL, 'mode="kv",', le_1p0="0x80", le_5p0="0+100x80", le_inf="0+100x80"),

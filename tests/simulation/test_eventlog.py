@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -45,6 +46,15 @@ def test_a_broken_log_is_named_with_its_line(tmp_path: Path, text: str, why: str
     path.write_text(text)
     with pytest.raises(ConfigError, match=why):
         list(read_events(path))
+
+
+def test_a_log_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(b"{}\n" * 1000)
+    for content in (b"\xff\xfe\x00", whole[:20] + b"\x00\x01" + whole[22:], whole[:-9]):
+        path = tmp_path / ("log.jsonl" if content[:1] == b"\xff" else "log.jsonl.gz")
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=path.name):
+            list(read_events(path))
 
 
 @given(

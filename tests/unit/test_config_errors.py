@@ -185,3 +185,17 @@ def test_an_operator_call_to_no_address_says_so(url: str) -> None:
     result = CliRunner().invoke(app, ["status", "--once", "--url", url])
     assert result.exit_code == 2
     assert "not an http:// or https:// address" in result.stderr
+
+
+def test_a_context_longer_than_the_models_is_refused_before_anything_starts() -> None:
+    assert "llm_configs[m].engine_kwargs.max_model_len" in problem(f"{ENGINE}.max_model_len", 10**6)
+    assert problem(f"{ENGINE}.max_model_len", 4096) == ""
+
+
+def test_dashboards_go_to_an_address_only() -> None:
+    for url in ("grafana:3000", "http://grafana:99999"):
+        result = CliRunner().invoke(
+            app, ["dashboards", "push", "--url", url], env={"GRAFANA_TOKEN": "t"}
+        )
+        assert result.exit_code == 2
+        assert f"--url: {url!r} is not an http:// or https:// address" in result.stderr

@@ -5,7 +5,7 @@
 {{- if not $given -}}
 {{- $given = eq $base .Release.Name | ternary $base (printf "%s-%s" .Release.Name $base) -}}
 {{- end -}}
-{{- $name := $given | lower | replace "." "-" | trimSuffix "-" -}}
+{{- $name := $given | lower | replace "." "-" | replace "_" "-" | trimAll "-" -}}
 {{- if not (regexMatch "^[a-z]" $name) -}}{{- $name = printf "m-%s" $name -}}{{- end -}}
 {{- if or (ne $name $given) (gt (len $name) 47) -}}
 {{- /* Two names that had to be changed stay two names. */ -}}
@@ -37,8 +37,8 @@
 {{/* What selects the pods of a release. It never changes, and it is all the labels that pods get:
 a label with a version in it would start a second Ray cluster at each upgrade of the chart. */}}
 {{- define "mell-ray.selectorLabels" -}}
-app.kubernetes.io/name: {{ .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/instance: {{ include "mell-ray.fullname" . }}
+app.kubernetes.io/name: {{ .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" | quote }}
+app.kubernetes.io/instance: {{ include "mell-ray.fullname" . | quote }}
 {{- end -}}
 
 {{- define "mell-ray.labels" -}}
@@ -48,7 +48,7 @@ app.kubernetes.io/instance: {{ include "mell-ray.fullname" . }}
   "app.kubernetes.io/managed-by" .Release.Service
   "app.kubernetes.io/part-of" "mell-ray" -}}
 {{- $selectors := include "mell-ray.selectorLabels" . | fromYaml -}}
-{{- toYaml (mergeOverwrite (deepCopy .Values.commonLabels) $own $selectors) -}}
+{{- toYaml (mergeOverwrite (deepCopy (.Values.commonLabels | default dict)) $own $selectors) -}}
 {{- end -}}
 
 {{/* Metadata of an object of the chart: dict "root" $ "name" … ["labels" …] ["annotations" …] */}}
@@ -57,7 +57,7 @@ name: {{ .name }}
 namespace: {{ .root.Release.Namespace }}
 labels:
   {{- toYaml (mergeOverwrite (deepCopy (.labels | default dict)) (include "mell-ray.labels" .root | fromYaml)) | nindent 2 }}
-{{- with mergeOverwrite (deepCopy .root.Values.commonAnnotations) (.annotations | default dict) }}
+{{- with mergeOverwrite (deepCopy (.root.Values.commonAnnotations | default dict)) (.annotations | default dict) }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}

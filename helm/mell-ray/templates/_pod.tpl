@@ -26,7 +26,7 @@ goes before what the chart sets, and a group's before everybody's. */}}
 {{- end -}}
 {{- $seen := dict -}}
 {{- $env := list -}}
-{{- range concat (.group.env | default list) $values.env $own -}}
+{{- range concat (.group.env | default list) ($values.env | default list) $own -}}
 {{- if not (hasKey $seen .name) -}}
 {{- $_ := set $seen .name true -}}
 {{- $env = append $env . -}}
@@ -47,7 +47,7 @@ goes before what the chart sets, and a group's before everybody's. */}}
 {{- range $list, $secret := include "mell-ray.keySecrets" .root | fromYaml -}}
 {{- $volumes = append $volumes (include "mell-ray.keyVolume" (list $list $secret) | fromYaml) -}}
 {{- end -}}
-{{- toYaml (concat $volumes $values.volumes (.group.volumes | default list)) -}}
+{{- include "mell-ray.overridden" (list "name" $volumes (concat ($values.volumes | default list) (.group.volumes | default list))) -}}
 {{- end -}}
 
 {{- define "mell-ray.volumeMounts" -}}
@@ -59,7 +59,20 @@ goes before what the chart sets, and a group's before everybody's. */}}
 {{- $path := printf "%s/%s" (include "mell-ray.keysPath" $.root) $list -}}
 {{- $mounts = append $mounts (dict "name" (printf "keys-%s" $list) "mountPath" $path "readOnly" true) -}}
 {{- end -}}
-{{- toYaml (concat $mounts $values.volumeMounts (.group.volumeMounts | default list)) -}}
+{{- include "mell-ray.overridden" (list "mountPath" $mounts (concat ($values.volumeMounts | default list) (.group.volumeMounts | default list))) -}}
+{{- end -}}
+
+{{/* The chart's entries but those that the user has one for, then the user's: list key own given.
+Kubernetes refuses two volumes of a name, or two mounts at a path. */}}
+{{- define "mell-ray.overridden" -}}
+{{- $key := index . 0 -}}
+{{- $given := dict -}}
+{{- range index . 2 }}{{ $_ := set $given (index . $key) true }}{{ end -}}
+{{- $kept := list -}}
+{{- range index . 1 -}}
+{{- if not (hasKey $given (index . $key)) }}{{ $kept = append $kept . }}{{ end -}}
+{{- end -}}
+{{- toYaml (concat $kept (index . 2)) -}}
 {{- end -}}
 
 {{/* The volume of a list of API keys: list name secret. Only the pod's group may read it. */}}
@@ -77,7 +90,7 @@ secret:
 {{- $values := .root.Values -}}
 {{- $group := .group -}}
 {{- $image := mergeOverwrite (deepCopy $values.image) ($group.image | default dict) -}}
-{{- $annotations := mergeOverwrite (deepCopy $values.podAnnotations) ($group.podAnnotations | default dict) -}}
+{{- $annotations := mergeOverwrite (deepCopy ($values.podAnnotations | default dict)) ($group.podAnnotations | default dict) -}}
 {{- if $values.metrics.podAnnotations -}}
 {{- $annotations = mergeOverwrite (dict "prometheus.io/scrape" "true" "prometheus.io/port" "8080" "prometheus.io/path" "/metrics") $annotations -}}
 {{- end -}}
@@ -92,7 +105,7 @@ secret:
 {{- end -}}
 metadata:
   labels:
-    {{- toYaml (mergeOverwrite (deepCopy $values.podLabels) ($group.podLabels | default dict) $own) | nindent 4 }}
+    {{- toYaml (mergeOverwrite (deepCopy ($values.podLabels | default dict)) ($group.podLabels | default dict) $own) | nindent 4 }}
   {{- with $annotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -107,8 +120,10 @@ spec:
   restartPolicy: Never
   {{- end }}
   terminationGracePeriodSeconds: {{ .grace }}
+  {{- with $values.podSecurityContext }}
   securityContext:
-    {{- toYaml $values.podSecurityContext | nindent 4 }}
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   {{- with $values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
@@ -143,8 +158,10 @@ spec:
     - name: {{ printf "ray-%s" .component }}
       image: {{ include "mell-ray.image" (dict "root" $root "override" $group.image) }}
       imagePullPolicy: {{ $image.pullPolicy }}
+      {{- with $values.containerSecurityContext }}
       securityContext:
-        {{- toYaml $values.containerSecurityContext | nindent 8 }}
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       ports:
         {{- range .ports }}
         - name: {{ .name }}
@@ -152,7 +169,7 @@ spec:
         {{- end }}
       env:
         {{- include "mell-ray.env" . | nindent 8 }}
-      {{- with concat ($group.envFrom | default list) $values.envFrom }}
+      {{- with concat ($group.envFrom | default list) ($values.envFrom | default list) }}
       envFrom:
         {{- toYaml . | nindent 8 }}
       {{- end }}
