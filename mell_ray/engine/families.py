@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from mell_ray.errors import ConfigError, UnsupportedModelError
 
 MODEL_TYPES = {
@@ -40,7 +42,19 @@ MODEL_TYPES = {
     "opt": "OPT",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_OF_THE_LONGEST = ("dynamic", "longrope")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+# What transformers raises where a config.json makes no sense to it.
+CONFIG_ERRORS = (OSError, ValueError, KeyError, StrictDataclassError)
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of somebody else's message, without what follows at length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count] or [type(error).__name__]).rstrip(".;:")
 
 
 def refusal(config: Any, reason: str) -> UnsupportedModelError:
@@ -138,6 +152,8 @@ def _check_rope(config: Any, parameters: dict[str, Any], max_model_len: int | No
     rope_type = parameters.get("rope_type", "default")
     if rope_type in ROPE_TYPES:
         return
+    if rope_type not in _OF_THE_LONGEST:
+        raise refusal(config, f"its rope type {rope_type!r} is not one that has been checked here")
     hint = ""
     if rope_type == "longrope":
         fixed = parameters["original_max_position_embeddings"]

@@ -126,13 +126,19 @@ def _check_tokens(loaded: LoadedModel) -> list[int]:
 @torch.inference_mode()
 def plain_logits(loaded: LoadedModel) -> torch.Tensor:
     """What the model says to a few random tokens in one plain forward of transformers' own. Taken
-    before anything about the model is made faster."""
+    before anything about the model is made faster.
+
+    Raises:
+        UnsupportedModelError: it cannot say anything.
+    """
     from mell_ray.engine.model import ATTENTION_NAME
 
     loaded.model.set_attn_implementation("eager")
     try:
         ids = torch.tensor([_check_tokens(loaded)], device=loaded.device)
         return loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+    except Exception as error:
+        raise _refuse(loaded.model, f"transformers' own forward fails ({error})") from error
     finally:
         loaded.model.set_attn_implementation(ATTENTION_NAME)
 

@@ -7,7 +7,7 @@ random numbers and to print a table. Here that is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from mell_ray.config import BUILTIN_SOURCE, EngineConfig
-from mell_ray.engine.families import check_config
+from mell_ray.engine.families import CONFIG_ERRORS, check_config, first_line
 from mell_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ def load_weights(source: str, config: EngineConfig, device: torch.device) -> Pre
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     try:
         hf_config = AutoConfig.from_pretrained(path, **common)
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         raise _unloadable(
             source,
-            f"{_first_line(error)}; model_source must be a Hugging Face id, a directory with "
+            f"{first_line(error)}; model_source must be a Hugging Face id, a directory with "
             "config.json and weights, or 'builtin'",
         ) from error
     check_config(hf_config, config.max_model_len)
@@ -72,7 +72,7 @@ def load_weights(source: str, config: EngineConfig, device: torch.device) -> Pre
             source, f"a safetensors file is damaged or incomplete ({error}); download it again"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _unloadable(source, _first_line(error)) from error
+        raise _unloadable(source, first_line(error)) from error
     _check_complete(source, info)
     return model.to(device)
 
@@ -102,12 +102,6 @@ def _names(keys: Collection[Any]) -> str:
     names = sorted(key if isinstance(key, str) else str(next(iter(key))) for key in keys)
     shown = ", ".join(names[:_NAMED_KEYS])
     return shown if len(names) <= _NAMED_KEYS else f"{shown} and {len(names) - _NAMED_KEYS} more"
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), type(error).__name__)
-    return text.rstrip(".;")
 
 
 def _unloadable(source: str, reason: str) -> ConfigError:

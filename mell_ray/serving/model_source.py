@@ -108,20 +108,23 @@ def model_end_token_ids(llm: LLMConfig) -> tuple[int, ...]:
 def _model_config(llm: LLMConfig) -> Any:
     from transformers import AutoConfig
 
+    from mell_ray.engine.families import CONFIG_ERRORS
+
     try:
         return AutoConfig.from_pretrained(
             resolve_source(llm), revision=llm.engine_kwargs.revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         hint = "it needs a config.json that this version of transformers knows"
         raise _unusable(llm, "config", error, hint) from error
 
 
 def _unusable(llm: LLMConfig, part: str, error: Exception, hint: str) -> ConfigError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    from mell_ray.engine.families import first_line
+
     return ConfigError(
         f"llm_configs[{llm.model_id}].model_loading_config.model_source: the {part} of "
-        f"{llm.model_loading_config.source!r} cannot be loaded ({lines[0].rstrip('.: ')}); {hint}"
+        f"{llm.model_loading_config.source!r} cannot be loaded ({first_line(error)}); {hint}"
     )
 
 

@@ -47,6 +47,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: hf.Phi3Config(**TINY, **LONG),
         "'longrope' depends on the longest sequence.*up to 128 tokens it is fixed",
     ),
+    "rope-of-another-kind": (
+        lambda: hf.Qwen2Config(**TINY, rope_parameters={"rope_type": "mrope", "rope_theta": 1e4}),
+        "'mrope' is not one that has been checked",
+    ),
     "quantised": (
         lambda: hf.LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}),
         r"quantised \(gptq\)",
@@ -97,6 +101,14 @@ def test_a_model_that_ignores_the_attention_function(ignoring: int) -> None:
     for layer in model.model.layers[:ignoring]:
         layer.self_attn = OwnAttention(model.config)
     with pytest.raises(UnsupportedModelError, match="not every layer has attention"):
+        load_model(model, small_config())
+
+
+def test_a_model_that_transformers_cannot_run_either() -> None:
+    """Layers with a window in a config that names none."""
+    layers = ["sliding_attention", "full_attention"]
+    model = build(hf.Qwen2Config(**TINY, layer_types=layers, use_sliding_window=False))
+    with pytest.raises(UnsupportedModelError, match="transformers' own forward fails"):
         load_model(model, small_config())
 
 

@@ -89,6 +89,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "no file named model.safetensors",
     ),
     "only a pickle": (only_a_pickle, "no file named model.safetensors"),
+    "a config that makes no sense": (
+        lambda d: edit(d / "config.json", max_position_embeddings=None),
+        "Validation error for field 'max_position_embeddings': TypeError: .* expected int",
+    ),
     "a shard is gone": (lambda d: shard(d).unlink(), "model-00001-of"),
     "a truncated shard": (
         lambda d: os.truncate(shard(d), shard(d).stat().st_size - 40),
