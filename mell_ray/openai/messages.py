@@ -11,6 +11,9 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from mell_ray.openai.body import CACHE_HINTS, Body, check_text, identifier
 from mell_ray.openai.limits import MAX_NAME_CHARS, MAX_TOOLS
 
+# What clients (OpenAI's, which parses; LiteLLM) add to answers, which people append to the history.
+CLIENT_NOTES = frozenset({"parsed", "parsed_arguments", "provider_specific_fields"})
+
 UNSUPPORTED_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
@@ -59,8 +62,7 @@ def _arguments(value: Any) -> Any:
 
 
 class FunctionCall(Body):
-    # What OpenAI's client adds to answers that it parsed, which people append to the history.
-    ignored: ClassVar[frozenset[str]] = frozenset({"parsed_arguments"})
+    ignored: ClassVar[frozenset[str]] = CLIENT_NOTES
 
     name: Annotated[str, BeforeValidator(identifier)]
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
@@ -69,7 +71,7 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A call in the history of a chat; ``arguments`` is decoded, as chat templates want it."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"index"})
+    ignored: ClassVar[frozenset[str]] = CLIENT_NOTES | {"index"}
 
     id: Annotated[str, BeforeValidator(_participant)]
     type: Literal["function"] = "function"
@@ -83,7 +85,7 @@ class Message(Body):
     message with tool calls may have no content; it then is empty.
     """
 
-    ignored: ClassVar[frozenset[str]] = CACHE_HINTS | {"annotations", "parsed"}
+    ignored: ClassVar[frozenset[str]] = CACHE_HINTS | CLIENT_NOTES | {"annotations"}
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -335,11 +335,13 @@ def test_error_body_has_openais_shape_and_hides_foreign_errors():
     assert "text" not in foreign["message"]
 
 
-def test_what_the_client_parsed_may_go_back_into_the_history() -> None:
-    """``messages.append(completion.choices[0].message)`` after ``chat.completions.parse``."""
-    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
-    call = {"id": "call_1", "type": "function", "function": function}
-    parsed = {"role": "assistant", "content": '{"b": 2}', "parsed": {"b": 2}, "tool_calls": [call]}
+def test_what_clients_add_to_an_answer_may_go_back_into_the_history() -> None:
+    """``messages.append(completion.choices[0].message)``, parsed by OpenAI's client, or LiteLLM's."""
+    notes = {"provider_specific_fields": {"refusal": None}}
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}, **notes}
+    call = {"id": "call_1", "type": "function", "function": function, **notes}
+    content = {"content": '{"b": 2}', "parsed": {"b": 2}}
+    parsed = {"role": "assistant", **content, "tool_calls": [call], **notes}
     message = ChatCompletionRequest.model_validate({**CHAT, "messages": [parsed]}).messages[0]
     assert message.content == '{"b": 2}'
     assert message.tool_calls[0].function.arguments == {"a": 1}
