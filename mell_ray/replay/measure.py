@@ -26,10 +26,16 @@ def spread_ms(seconds: Iterable[float]) -> Spread:
     return Spread(p50, p90, p99, float(values.mean()), float(values.max()))
 
 
-def summarise(outcomes: Sequence[Outcome], slo: Slo, *, left_out: int = 0) -> Summary:
-    """The figures of a replay of at least one request. ``left_out``: see `Summary`."""
+def summarise(
+    outcomes: Sequence[Outcome], slo: Slo, *, left_out: int = 0, ran_s: float = 0.0
+) -> Summary:
+    """The figures of a replay of at least one request. ``left_out``: see `Summary`. One that was
+    interrupted counts as ``ran_s`` seconds at least: rates are not those up to the last answer."""
     ok = [o for o in outcomes if o.failure is None]
-    duration = max(o.end_s for o in outcomes) - min(o.job.at_s for o in outcomes)
+    last_s = max(o.end_s for o in outcomes)
+    if left_out:
+        last_s = max(last_s, ran_s)
+    duration = last_s - min(o.job.at_s for o in outcomes)
     seconds = max(duration, 1e-9)
     output_tokens = sum(o.tokens for o in outcomes)  # what failed had cost the server as well
     good = sum(map(slo.met, outcomes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 from collections.abc import Callable, Sequence
@@ -51,12 +52,15 @@ async def replay(
         )
     allow_sockets()
     prompts = PromptMaker(*options.token_ids, options.seed)
+    begin = asyncio.get_running_loop().time()
     outcomes = await open_loop(
         jobs, lambda job: completion_body(job, name, prompts), endpoint.send, watcher, stoppable
     )
     if not outcomes:
         raise MellError("interrupted before any request had ended")
-    summary = summarise(outcomes, slo or Slo(), left_out=len(jobs) - len(outcomes))
+    ran_s = asyncio.get_running_loop().time() - begin
+    left_out = len(jobs) - len(outcomes)
+    summary = summarise(outcomes, slo or Slo(), left_out=left_out, ran_s=ran_s)
     return Finished(name, outcomes, summary)
 
 

@@ -164,3 +164,9 @@ def test_charts_stay_inside_their_frame() -> None:
         assert 0 <= x <= 760
         assert 0 <= y <= 240
     assert line_chart([], "x", percent=True) == ""
+
+
+def test_an_interrupted_replay_counts_its_whole_time() -> None:
+    ended = Outcome(Job(0, 0.0, 5, 5), sent_s=0.0, first_s=0.1, last_s=0.1, end_s=0.1, tokens=5)
+    assert summarise([ended], Slo(), left_out=1, ran_s=10.0).requests_per_s == pytest.approx(0.1)
+    assert summarise([ended], Slo(), ran_s=10.0).duration_s == pytest.approx(0.1)
