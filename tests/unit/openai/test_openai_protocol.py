@@ -336,7 +336,7 @@ def test_error_body_has_openais_shape_and_hides_foreign_errors():
 
 
 def test_what_clients_add_to_an_answer_may_go_back_into_the_history() -> None:
-    """``messages.append(completion.choices[0].message)``, parsed by OpenAI's client, or LiteLLM's."""
+    """``messages.append(completion.choices[0].message)``, of OpenAI's client or LiteLLM."""
     notes = {"provider_specific_fields": {"refusal": None}}
     function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}, **notes}
     call = {"id": "call_1", "type": "function", "function": function, **notes}
