@@ -73,7 +73,7 @@ class Chaos:
     async def run(self) -> dict[str, Any]:
         for prompt in PROMPTS:
             self._expected[prompt] = await self._generate(prompt)
-        objects = _num_objects()
+        objects, _ = _num_objects()
         started = time.monotonic()
         deadline = started + 60 * self._options.minutes
         clients = [asyncio.create_task(self._client_loop()) for _ in range(self._options.streams)]
@@ -181,21 +181,29 @@ class Chaos:
 
 
 async def _leaked_objects(before: int) -> dict[str, Any]:
-    """How many objects more than ``before`` are in Ray's store though nobody migrates any more (Ray
-    frees them a little later), and what Ray knows of those there."""
+    """How many objects more than ``before`` Ray holds on to though nobody migrates any more (it
+    frees them a little later), and what it knows of those there. Not among them: what nobody holds
+    and Ray gives up as soon as it needs the room, such as what a killed Migrator had asked for."""
     deadline = time.monotonic() + OBJECTS_PATIENCE_S
     while True:
-        leaked = max(0, await asyncio.to_thread(_num_objects) - before)
+        held, evictable = await asyncio.to_thread(_num_objects)
+        leaked = max(0, held - before)
         if not leaked or time.monotonic() > deadline:
             known = await asyncio.to_thread(memory_summary) if leaked else ""
-            return {"leaked_objects": leaked, "objects": known.splitlines()}
+            return {
+                "leaked_objects": leaked,
+                "evictable_objects": evictable,
+                "objects": known.splitlines(),
+            }
         await asyncio.sleep(0.2)
 
 
-def _num_objects() -> int:
+def _num_objects() -> tuple[int, int]:
+    """In Ray's store: those it must keep, and the others."""
     [node] = ray.nodes()
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False)
-    return int(stats.store_stats.num_local_objects)
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False).store_stats
+    held = int(stats.num_object_store_primary_copies)
+    return held, int(stats.num_local_objects) - held
 
 
 def _settings(replicas: int) -> dict[str, Any]:
