@@ -306,13 +306,13 @@ class FusedDecoder:
         while rows <= padded_rows(max_tokens) and time.monotonic() < until:
             x = self._embedding.weight.new_zeros((rows, self._embedding.embedding_dim)).float()
             cos, sin = self._rotary.rows(torch.zeros(rows, dtype=torch.int64), 1)
-            self._layers[0](x, cos, sin, _NoContext())
+            self._layers[0](x, cos, sin, NoContext())
             if rows <= padded_rows(max_logits):
                 self._logits(x)
             rows = padded_rows(rows + 1)
 
 
-class _NoContext:
+class NoContext:
     """Stands for a batch where only the shapes of what a layer computes count."""
 
     def attend(self, layer: int, query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
