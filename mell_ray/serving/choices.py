@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -93,19 +93,31 @@ async def _choice(runs: Runs, prepared: Prepared, index: int) -> AsyncGenerator[
     text = generation.open_text(prepared.model.tokenizer, prepared.model.end_token_ids)
     tools = generation.open_tools(prepared.request_id)
     async with aclosing(runs.run(prepared.jobs[index])) as accepted:
-        async for delta in accepted:
-            piece = text.push(delta.token_ids, delta.logprobs)
-            reason: ApiFinishReason | None = "stop" if piece.stopped else None
-            if reason is None and delta.finish_reason is not None:
-                last = text.finish()
-                reason = "stop" if last.stopped else _reason(delta)
-                piece = _join(piece, last)
-            event = ChoiceEvent(index, piece, reason)
-            if tools is not None:
-                event = _with_calls(event, tools)
-            yield event
-            if event.reason is not None:
-                return
+        async for several in accepted:
+            for delta in (several,) if tools is None else _one_by_one(several):
+                piece = text.push(delta.token_ids, delta.logprobs)
+                reason: ApiFinishReason | None = "stop" if piece.stopped else None
+                if reason is None and delta.finish_reason is not None:
+                    last = text.finish()
+                    reason = "stop" if last.stopped else _reason(delta)
+                    piece = _join(piece, last)
+                event = ChoiceEvent(index, piece, reason)
+                if tools is not None:
+                    event = _with_calls(event, tools)
+                yield event
+                if event.reason is not None:
+                    return
+
+
+def _one_by_one(several: Accepted) -> Iterator[Accepted]:
+    """What follows the token that ends an answer is none of it, however many come at once."""
+    for i, token in enumerate(several.token_ids[:-1]):
+        yield Accepted([token], several.logprobs and several.logprobs[i : i + 1], None, None)
+    yield replace(
+        several,
+        token_ids=several.token_ids[-1:],
+        logprobs=several.logprobs and several.logprobs[-1:],
+    )
 
 
 def _reason(delta: Accepted) -> ApiFinishReason:

@@ -19,7 +19,9 @@ shapes the rest:
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +103,11 @@ class NcclTransport:
                 comm.recv(back.data_ptr(), 1, self._nccl.NCCL_UINT8, 1 - rank, stream)
                 self._nccl.groupEnd()
         except Exception as error:
-            loop.call_soon_threadsafe(_fail, done, TransportError(f"nccl: {error}"))
+            answer = functools.partial(_fail, done, TransportError(f"nccl: {error}"))
         else:
-            loop.call_soon_threadsafe(done.set_result, link)
+            answer = functools.partial(done.set_result, link)
+        with suppress(RuntimeError):  # its loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(answer)
 
     async def send_blocks(self, peer: str, data: Any, timeout_s: float) -> int:
         """Give a device tensor of bytes to the link's stream; returns its length. The tensor is
