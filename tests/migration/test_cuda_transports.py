@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 import torch
@@ -75,12 +76,15 @@ async def test_nccl_peer_that_never_joins_costs_only_the_timeout() -> None:
         await source.join("b", ticket, is_source=True, timeout_s=0.05)
     with pytest.raises(TransportError, match="no link"):
         await source.send_blocks("b", payload(0), 1.0)
-    # The peer comes late: what it gets is aborted at this end as soon as it exists.
-    await target.join("a", ticket, is_source=False, timeout_s=5.0)
+    # The peer comes late: what it gets is aborted at this end as soon as it exists. Whether its
+    # own byte is through by then is a race that it may lose.
+    with suppress(TransportError):
+        await target.join("a", ticket, is_source=False, timeout_s=0.2)
     while ("abort", 0) not in a.log:
         await asyncio.sleep(0.001)
     await join(source, target)
-    assert ("abort", 1) in b.log
+    while ("abort", 1) not in b.log:
+        await asyncio.sleep(0.001)
     parcel = await source.send_blocks("b", payload(1), 1.0)
     assert torch.equal(await target.recv_blocks("a", parcel, 1.0), payload(1))
 
