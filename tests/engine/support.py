@@ -130,8 +130,8 @@ def drain(engines: Engine | list[Engine], client: Client | None = None) -> Clien
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Until ``condition`` holds; fails after half a minute."""
-    give_up = time.monotonic() + 30
+    """Until ``condition`` holds; fails after two minutes."""
+    give_up = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.005)

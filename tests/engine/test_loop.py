@@ -31,7 +31,7 @@ def run(engine: Busy) -> tuple[EngineLoop, threading.Event]:
     stepped = threading.Event()
     loop = EngineLoop(engine, lambda _: stepped.set(), lambda: None)  # type: ignore[arg-type]
     loop.start()
-    assert stepped.wait(60)
+    assert stepped.wait(120)
     return loop, stepped
 
 
@@ -39,7 +39,7 @@ def test_engine_steps_on_while_there_is_work() -> None:
     engine = Busy()
     loop, stepped = run(engine)
     stepped.clear()
-    assert stepped.wait(60)
+    assert stepped.wait(120)
     loop.stop()
     steps = engine.steps
     assert steps > 1
@@ -51,7 +51,7 @@ def test_paced_engine_answers_between_its_steps(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MELL_RAY_STEP_S", "3600")
     engine = Busy()
     loop, _ = run(engine)
-    assert [loop.call(lambda _: engine.steps).result(60) for _ in range(3)] == [1, 1, 1]
+    assert [loop.call(lambda _: engine.steps).result(120) for _ in range(3)] == [1, 1, 1]
     loop.stop()
     assert engine.steps == 1
 
@@ -74,10 +74,10 @@ def test_what_a_failed_call_held_goes_with_its_error() -> None:
         call = loop.call(functools.partial(fail, payload=payload))
         del payload
         with pytest.raises(ValueError, match="no Payload"):
-            call.result(60)
+            call.result(120)
         del call
         stepped.clear()
-        assert stepped.wait(60)
+        assert stepped.wait(120)
         assert held() is None
     finally:
         gc.enable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,19 +71,43 @@ class Faults:
     after: Callable[[str], None] = lambda _: None
 
 
+class Tracks(dict[str, Track]):
+    """What a client reads of each request, shared by the nodes.
+
+    A test may keep the last tokens of a request back until ``let_go``: it then outlives what
+    happens beside it, however long that takes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stops: dict[str, int] = {}
+
+    def keep_back(self, state: RequestState, tokens: int) -> None:
+        stop = state.sampling.max_tokens - tokens
+        self._stops = {**self._stops, state.request_id: stop}  # engines' threads read it
+
+    def let_go(self) -> None:
+        self._stops = {}
+
+    def kept_back(self) -> list[str]:
+        """Requests that have come as far as they may."""
+        stops = self._stops.items()
+        return [name for name, stop in stops if len(self[name].token_ids) >= stop]
+
+
 @dataclass
 class Node:
     """One replica: an engine in its thread and the protocol's two halves."""
 
     name: str
-    tracks: dict[str, Track]
+    tracks: Tracks
     config: EngineConfig = field(default_factory=EngineConfig)
     timeout_s: float = 30.0
-    pause_s: float = 0.0  # after each step, so that a request outlives what happens beside it
 
     def __post_init__(self) -> None:
         model = load_model(tiny_llama(), self.config)
         self.engine = Engine(model, self.config)
+        self.engine.has_work = self._has_work  # type: ignore[method-assign]
         self.loop = EngineLoop(self.engine, self._on_step, lambda: None)
         self.source = MigrationSource(self.timeout_s)
         self.target = MigrationTarget(self.timeout_s)
@@ -94,13 +117,20 @@ class Node:
     def _on_step(self, output: StepOutput) -> None:
         for delta in output.deltas:
             self.tracks[delta.request_id].accept(self.name, encode_delta(delta))
-        time.sleep(self.pause_s)
+
+    def _has_work(self) -> bool:
+        """An engine that has a request which is kept back does nothing but answer calls."""
+        owned = [n for n in self.tracks.kept_back() if self.engine.generation_of(n) is not None]
+        return not owned and Engine.has_work(self.engine)
 
     async def call(self, function):
         return await asyncio.wrap_future(self.loop.call(function))
 
-    async def submit(self, state: RequestState) -> None:
+    async def submit(self, state: RequestState, keep: int = 0) -> None:
+        """``keep``: so many tokens come only once the tracks let them go."""
         self.tracks[state.request_id] = Track(state.request_id, self.name, state.generation)
+        if keep:
+            self.tracks.keep_back(state, keep)
         await self.call(lambda e: e.add(state))
 
     def stop(self) -> None:
@@ -121,7 +151,7 @@ class SourceEnd:
         return self._node.transports[transport].offer(peer)
 
     async def join(self, transport, peer, ticket):
-        await self._node.transports[transport].join(peer, ticket, is_source=True, timeout_s=5)
+        await self._node.transports[transport].join(peer, ticket, is_source=True, timeout_s=60)
 
     async def abort_link(self, transport, peer):
         self._node.transports[transport].abort(peer)
@@ -139,7 +169,7 @@ class SourceEnd:
         async def act():
             self._faults.before("stage")
             meta, data = await node.call(gather)
-            parcel = await node.transports[transport].send_blocks("peer", data, 5)
+            parcel = await node.transports[transport].send_blocks("peer", data, 60)
             self._faults.after("stage")
             return meta, parcel
 
@@ -192,14 +222,14 @@ class TargetEnd:
         return await self._do("reserve", lambda e: self._node.target.reserve(e, order, state))
 
     async def join(self, transport, peer, ticket):
-        await self._node.transports[transport].join(peer, ticket, is_source=False, timeout_s=5)
+        await self._node.transports[transport].join(peer, ticket, is_source=False, timeout_s=60)
 
     async def abort_link(self, transport, peer):
         self._node.transports[transport].abort(peer)
 
     async def receive(self, migration_id, first_block, payload, transport):
         parcel = await payload
-        data = await self._node.transports[transport].recv_blocks("peer", parcel, 5)
+        data = await self._node.transports[transport].recv_blocks("peer", parcel, 60)
         target = self._node.target
 
         def scatter(engine):

@@ -31,7 +31,7 @@ def payload(seed: int, dtype: torch.dtype = torch.uint8, count: int = 32) -> tor
     return torch.randn(count).to(dtype).view(torch.uint8)
 
 
-async def join(source, target, timeout_s: float = 5.0) -> None:
+async def join(source, target, timeout_s: float = 60.0) -> None:
     ticket = source.offer("b")
     await asyncio.gather(
         source.join("b", ticket, is_source=True, timeout_s=timeout_s),
@@ -50,8 +50,8 @@ async def test_bytes_arrive_whatever_they_mean(kind: str, dtype: torch.dtype) ->
     await join(source, target)
     for seed in range(5):
         data = payload(seed, torch.uint8 if dtype == torch.int8 else dtype, 16)
-        parcel = await source.send_blocks("b", data, 1.0)
-        assert torch.equal(await target.recv_blocks("a", parcel, 1.0), data)
+        parcel = await source.send_blocks("b", data, 60.0)
+        assert torch.equal(await target.recv_blocks("a", parcel, 60.0), data)
 
 
 async def test_ipc_works_on_one_gpu_and_nccl_refuses_it() -> None:
@@ -75,7 +75,7 @@ async def test_nccl_peer_that_never_joins_costs_only_the_timeout() -> None:
     with pytest.raises(TransportError, match="did not join"):
         await source.join("b", ticket, is_source=True, timeout_s=0.05)
     with pytest.raises(TransportError, match="no link"):
-        await source.send_blocks("b", payload(0), 1.0)
+        await source.send_blocks("b", payload(0), 60.0)
     # The peer comes late: what it gets is aborted at this end as soon as it exists. Whether its
     # own byte is through by then is a race that it may lose.
     with suppress(TransportError):
@@ -85,8 +85,8 @@ async def test_nccl_peer_that_never_joins_costs_only_the_timeout() -> None:
     await join(source, target)
     while ("abort", 1) not in b.log:
         await asyncio.sleep(0.001)
-    parcel = await source.send_blocks("b", payload(1), 1.0)
-    assert torch.equal(await target.recv_blocks("a", parcel, 1.0), payload(1))
+    parcel = await source.send_blocks("b", payload(1), 60.0)
+    assert torch.equal(await target.recv_blocks("a", parcel, 60.0), payload(1))
 
 
 async def test_nccl_message_that_never_comes_aborts_that_link_alone() -> None:
@@ -95,25 +95,25 @@ async def test_nccl_message_that_never_comes_aborts_that_link_alone() -> None:
     await join(source, target)
     ticket = source.offer("c")
     await asyncio.gather(
-        source.join("c", ticket, is_source=True, timeout_s=5),
-        other.join("a", ticket, is_source=False, timeout_s=5),
+        source.join("c", ticket, is_source=True, timeout_s=60),
+        other.join("a", ticket, is_source=False, timeout_s=60),
     )
     with pytest.raises(TransportError, match="no end after"):
         await target.recv_blocks("a", 32, 0.05)
     assert b.log[-1] == ("abort", 1)
     with pytest.raises(TransportError, match="no link"):
         await target.recv_blocks("a", 32, 0.05)
-    parcel = await source.send_blocks("c", payload(2), 1.0)
-    assert torch.equal(await other.recv_blocks("a", parcel, 1.0), payload(2))
+    parcel = await source.send_blocks("c", payload(2), 60.0)
+    assert torch.equal(await other.recv_blocks("a", parcel, 60.0), payload(2))
 
 
 async def test_nccl_size_mismatch_is_an_error_not_garbage() -> None:
     a, b = Gpu("p1", "g1"), Gpu("p2", "g2")
     source, target = nccl(a), nccl(b)
     await join(source, target)
-    await source.send_blocks("b", payload(0, count=32), 1.0)
+    await source.send_blocks("b", payload(0, count=32), 60.0)
     with pytest.raises(TransportError, match="32 elements sent, 16 received"):
-        await target.recv_blocks("a", 16, 1.0)
+        await target.recv_blocks("a", 16, 60.0)
 
 
 async def test_nccl_link_is_cached_and_aborted_once() -> None:
@@ -131,11 +131,11 @@ async def test_ipc_slots_take_turns() -> None:
     a, b = Gpu("p1", "g1"), Gpu("p2", "g1")
     source, target = ipc(a, 64), ipc(b, 64)
     await join(source, target)
-    parcels = [await source.send_blocks("b", payload(i), 1.0) for i in range(2)]
+    parcels = [await source.send_blocks("b", payload(i), 60.0) for i in range(2)]
     assert [parcel.offset for parcel in parcels] == [0, 64]
     for i, parcel in enumerate(parcels):
-        assert torch.equal(await target.recv_blocks("a", parcel, 1.0), payload(i))
-    assert (await source.send_blocks("b", payload(2), 1.0)).offset == 0
+        assert torch.equal(await target.recv_blocks("a", parcel, 60.0), payload(i))
+    assert (await source.send_blocks("b", payload(2), 60.0)).offset == 0
 
 
 async def test_ipc_refusals_are_transport_errors() -> None:
@@ -144,10 +144,10 @@ async def test_ipc_refusals_are_transport_errors() -> None:
     with pytest.raises(TransportError, match="of this process"):
         await source.join("a", source.offer("a"), is_source=False, timeout_s=1)
     with pytest.raises(TransportError, match="nothing is lent"):
-        await source.send_blocks("b", payload(0), 1.0)
+        await source.send_blocks("b", payload(0), 60.0)
     await join(source, target)
     with pytest.raises(TransportError, match="slot"):
-        await source.send_blocks("b", payload(0, count=65), 1.0)
+        await source.send_blocks("b", payload(0, count=65), 60.0)
 
     def broken(name: str) -> None:
         if name == "memcpy":
@@ -155,15 +155,15 @@ async def test_ipc_refusals_are_transport_errors() -> None:
 
     a.fail = broken
     with pytest.raises(TransportError, match="IllegalAddress"):
-        await source.send_blocks("b", payload(0), 1.0)
+        await source.send_blocks("b", payload(0), 60.0)
     a.fail = lambda _: None
     with pytest.raises(TransportError, match="nothing is lent"):
-        await source.send_blocks("b", payload(0), 1.0)
+        await source.send_blocks("b", payload(0), 60.0)
     target.abort("a")
     assert b.log[-1][0] == "close"
     await join(source, target)
-    parcel = await source.send_blocks("b", payload(3), 1.0)
-    assert torch.equal(await target.recv_blocks("a", parcel, 1.0), payload(3))
+    parcel = await source.send_blocks("b", payload(3), 60.0)
+    assert torch.equal(await target.recv_blocks("a", parcel, 60.0), payload(3))
 
 
 @pytest.mark.gpu

@@ -21,12 +21,14 @@ from tests.migration.inprocess import (
     Node,
     SourceEnd,
     TargetEnd,
+    Tracks,
     request,
     tiny_llama,
 )
 
 PROMPT = [3 + i % 97 for i in range(70)]
 LENGTH = 240
+KEPT = 40  # tokens that a request does not get before the test has done with it
 
 
 def undisturbed(temperature: float) -> list[int]:
@@ -47,7 +49,7 @@ def expected(request: pytest.FixtureRequest) -> tuple[float, list[int]]:
 
 @pytest.fixture
 def pair():
-    tracks: dict = {}
+    tracks = Tracks()
     nodes = Node("a", tracks), Node("b", tracks)
     yield nodes
     for node in nodes:
@@ -58,32 +60,44 @@ def order(src: str, dst: str, mode: str) -> MigrationOrder:
     return MigrationOrder(uuid.uuid4().hex, "r", src, dst, mode, "test")
 
 
-async def move(source, target, which: MigrationOrder, timeout_s: float = 20.0, **limits):
+async def move(source, target, which: MigrationOrder, **limits):
     return await migrate(
         which,
         source,
         target,
         block_size=16,
         block_nbytes=source._node.engine.block_nbytes,
-        limits=DriverLimits(timeout_s=timeout_s, **limits),
+        limits=DriverLimits(**{"timeout_s": 120.0, "settle_timeout_s": 60.0, **limits}),
     )
 
 
 async def until(condition, message: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, message
         await asyncio.sleep(0.002)
 
 
-async def finish(nodes: tuple[Node, Node]) -> list[int]:
-    """Wait for the end; both pools must then be empty and all books agree."""
+async def complete(nodes: tuple[Node, Node]) -> list[int]:
+    """Let the request go and wait for its end."""
     track = nodes[0].tracks["r"]
+    nodes[0].tracks.let_go()
+    for node in nodes:
+        await node.call(lambda _: None)  # looks again whether there is something to do
     await until(lambda: track.finished, "the request did not finish")
+    return track.token_ids
+
+
+async def finish(nodes: tuple[Node, Node], *others: str) -> list[int]:
+    """Wait for the end, also of others; both pools must then be empty and all books agree."""
+    await complete(nodes)
+    for name in others:
+        await until(lambda name=name: nodes[0].tracks[name].finished, f"{name} did not finish")
     for node in nodes:
         await node.call(lambda e: e.check())
         stats = await node.call(lambda e: e.stats())
         assert (stats.used_blocks, stats.running, stats.waiting) == (0, 0, 0)
+    track = nodes[0].tracks["r"]
     assert track.violations == 0
     return track.token_ids
 
@@ -95,7 +109,7 @@ async def finish(nodes: tuple[Node, Node]) -> list[int]:
 )
 async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> None:
     temperature, tokens = expected
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track, nodes = pair[0].tracks["r"], pair
     for i, mode in enumerate(modes):
         at = 30 * (i + 1)
@@ -111,7 +125,7 @@ async def test_moving_back_and_forth_changes_no_token(pair, expected, modes) -> 
 async def test_logprobs_move_with_their_tokens(pair, mode) -> None:
     await pair[0].submit(request("still", PROMPT, 80, logprobs=2))
     await until(lambda: pair[0].tracks["still"].finished, "no progress")
-    await pair[0].submit(request("r", PROMPT, 80, logprobs=2))
+    await pair[0].submit(request("r", PROMPT, 80, logprobs=2), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 20, "no progress")
     result = await move(SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", mode))
@@ -125,7 +139,7 @@ async def test_logprobs_move_with_their_tokens(pair, mode) -> None:
 
 
 async def test_kv_mode_sends_each_block_once_and_in_chunks(pair) -> None:
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 100, "no progress")
     nbytes = pair[0].engine.block_nbytes
@@ -140,7 +154,7 @@ async def test_kv_mode_sends_each_block_once_and_in_chunks(pair) -> None:
 
 async def test_few_blocks_go_with_the_hand_over(pair, expected) -> None:
     temperature, tokens = expected
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     seen: list[str] = []
@@ -158,7 +172,7 @@ async def test_few_blocks_go_with_the_hand_over(pair, expected) -> None:
 async def test_prefix_cached_at_the_target_is_not_sent(pair) -> None:
     await pair[1].submit(request("other", PROMPT, 1))
     await until(lambda: pair[1].tracks["other"].finished, "no progress")
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 20, "no progress")
     result = await move(SourceEnd(pair[0]), TargetEnd(pair[1]), order("a", "b", "kv"))
@@ -170,13 +184,12 @@ async def test_prefix_cached_at_the_target_is_not_sent(pair) -> None:
 @pytest.mark.parametrize("at", ["reserve", "receive", "commit"])
 async def test_target_dies_and_the_source_goes_on(pair, expected, at) -> None:
     temperature, tokens = expected
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     result = await move(SourceEnd(pair[0]), DeadEnd(pair[1], at), order("a", "b", "kv"))
     assert result.outcome == "aborted"
-    await until(lambda: track.finished, "the request did not finish")
-    assert track.token_ids == tokens
+    assert await complete(pair) == tokens
 
 
 async def test_lost_commit_answer_is_settled_not_guessed(pair, expected) -> None:
@@ -187,7 +200,7 @@ async def test_lost_commit_answer_is_settled_not_guessed(pair, expected) -> None
         if name == "commit":
             raise TimeoutError("answer lost")
 
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     target = TargetEnd(pair[1], Faults(after=lose))
@@ -204,7 +217,7 @@ async def test_commit_that_never_arrives_is_refused_afterwards(pair, expected) -
         if name == "commit":
             raise TimeoutError("message lost")
 
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     which = order("a", "b", "kv")
@@ -227,12 +240,12 @@ async def test_source_that_does_not_answer_at_the_end_holds_nobody_up(pair, expe
         if name == "commit":
             raise MigrationError("refused")
 
-    await pair[0].submit(request("r", PROMPT, LENGTH, temperature))
+    await pair[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     which = order("a", "b", "kv")
     target = TargetEnd(pair[1], Faults(before=refuse))
-    result = await asyncio.wait_for(move(Deaf(pair[0]), target, which, settle_timeout_s=0.05), 30)
+    result = await asyncio.wait_for(move(Deaf(pair[0]), target, which, settle_timeout_s=0.05), 120)
     assert result.outcome == "aborted"
     assert await pair[0].call(lambda _: pair[0].source.overdue(0.0)) == [which]
     assert await SourceEnd(pair[0]).thaw(which)
@@ -242,7 +255,7 @@ async def test_source_that_does_not_answer_at_the_end_holds_nobody_up(pair, expe
 @pytest.mark.parametrize("at", ["receive", "commit"])
 async def test_what_failed_migrations_carried_is_let_go_at_once(pair, at) -> None:
     """Also where the garbage collector does not run: Ray keeps blocks as long as they are held."""
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     await until(lambda: len(pair[0].tracks["r"].token_ids) >= 30, "no progress")
     carried: list[weakref.ref] = []
 
@@ -265,12 +278,12 @@ async def test_what_failed_migrations_carried_is_let_go_at_once(pair, at) -> Non
         gc.enable()
     assert result.outcome == "aborted"
     assert carried
-    await until(lambda: pair[0].tracks["r"].finished, "the request did not finish")
+    await complete(pair)
 
 
 async def test_request_recovered_where_room_is_held_for_it(pair) -> None:
     """Its source dies in the middle of a migration and the Router picks the target."""
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     which, target = order("a", "b", "kv"), pair[1].target
     source, end = SourceEnd(pair[0]), TargetEnd(pair[1])
     await end.reserve(which, await source.begin(which))
@@ -289,25 +302,24 @@ async def test_request_recovered_where_room_is_held_for_it(pair) -> None:
 
 async def test_full_target_declines(expected) -> None:
     temperature, tokens = expected
-    tracks: dict = {}
+    tracks = Tracks()
     small = EngineConfig(num_gpu_blocks_override=40)
     nodes = Node("a", tracks), Node("b", tracks, small)
     try:
         await nodes[1].submit(request("hog", PROMPT, 500))
         await until(lambda: len(tracks["hog"].token_ids) >= 400, "no progress")
-        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature))
+        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
         await until(lambda: len(tracks["r"].token_ids) >= 150, "no progress")
         result = await move(SourceEnd(nodes[0]), TargetEnd(nodes[1]), order("a", "b", "kv"))
         assert result.outcome in ("aborted", "committed")
-        await until(lambda: tracks["hog"].finished, "no progress")
-        assert await finish(nodes) == tokens
+        assert await finish(nodes, "hog") == tokens
     finally:
         for node in nodes:
             node.stop()
 
 
 async def test_request_that_ends_while_it_moves(pair) -> None:
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
 
@@ -325,7 +337,7 @@ async def test_request_that_ends_while_it_moves(pair) -> None:
 
 
 async def test_second_migration_of_the_same_request_is_refused(pair) -> None:
-    await pair[0].submit(request("r", PROMPT, LENGTH))
+    await pair[0].submit(request("r", PROMPT, LENGTH), KEPT)
     track = pair[0].tracks["r"]
     await until(lambda: len(track.token_ids) >= 30, "no progress")
     await SourceEnd(pair[0]).begin(order("a", "b", "kv"))
@@ -336,10 +348,10 @@ async def test_second_migration_of_the_same_request_is_refused(pair) -> None:
 
 
 async def test_silent_driver_leaves_nothing_behind() -> None:
-    tracks: dict = {}
+    tracks = Tracks()
     nodes = Node("a", tracks, timeout_s=0.05), Node("b", tracks, timeout_s=0.05)
     try:
-        await nodes[0].submit(request("r", PROMPT, LENGTH))
+        await nodes[0].submit(request("r", PROMPT, LENGTH), KEPT)
         await until(lambda: len(tracks["r"].token_ids) >= 30, "no progress")
         which = order("a", "b", "kv")
         state = await SourceEnd(nodes[0]).begin(which)
@@ -358,26 +370,25 @@ async def test_silent_driver_leaves_nothing_behind() -> None:
 async def test_request_preempted_while_it_moves(expected) -> None:
     """The source takes its blocks away in the middle: nothing half copied may be used."""
     temperature, tokens = expected
-    tracks: dict = {}
+    tracks = Tracks()
     # Room for one of the two to the end, and some of the other.
     nodes = Node("a", tracks, EngineConfig(num_gpu_blocks_override=26)), Node("b", tracks)
     try:
         await nodes[0].submit(request("old", PROMPT, LENGTH))
-        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature))
+        await nodes[0].submit(request("r", PROMPT, LENGTH, temperature), KEPT)
         await until(lambda: len(tracks["r"].token_ids) >= 30, "no progress")
 
         def wait_for_preemption(name: str) -> None:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while (
                 name == "stage" and not nodes[0].loop.call(lambda e: e.stats()).result().preemptions
             ):
                 assert time.monotonic() < deadline, "no preemption"
 
         source = SourceEnd(nodes[0], Faults(after=wait_for_preemption))
-        result = await move(source, TargetEnd(nodes[1]), order("a", "b", "kv"), 60.0)
+        result = await move(source, TargetEnd(nodes[1]), order("a", "b", "kv"))
         assert result.outcome in ("aborted", "committed")
-        await until(lambda: tracks["old"].finished, "no progress")
-        assert await finish(nodes) == tokens
+        assert await finish(nodes, "old") == tokens
     finally:
         for node in nodes:
             node.stop()

@@ -70,5 +70,5 @@ def test_kill_is_a_real_one(tmp_path: Path) -> None:
     (tmp_path / "target.commit").write_text("kill")
     process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path,))
     process.start()
-    process.join(60)
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -8,16 +8,17 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
+T = TypeVar("T")
 
 
 def find_chromium() -> str | None:
@@ -110,22 +111,30 @@ def chromium(profile: Path) -> Iterator[Page]:
     with log.open("w") as output:
         process = subprocess.Popen([binary, *flags, "about:blank"], stderr=output)
     try:
-        port = _debugging_port(log, process)
-        tabs = httpx.get(f"http://127.0.0.1:{port}/json", timeout=30).json()
-        url = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-        with connect(url, max_size=64 << 20) as socket:
+        port = _wait_for(lambda: _debugging_port(log), log, process)
+        url = _wait_for(lambda: _first_tab(port), log, process)
+        with connect(url, max_size=64 << 20, open_timeout=TIMEOUT_S) as socket:
             yield Page(socket)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=TIMEOUT_S)
 
 
-def _debugging_port(log: Path, process: subprocess.Popen[bytes]) -> int:
+def _debugging_port(log: Path) -> int | None:
+    found = re.search(r"DevTools listening on ws://[^:]+:(\d+)/", log.read_text())
+    return int(found[1]) if found else None
+
+
+def _first_tab(port: int) -> str | None:
+    """The browser listens before it has its first tab."""
+    tabs = httpx.get(f"http://127.0.0.1:{port}/json", timeout=TIMEOUT_S).json()
+    return next((tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"), None)
+
+
+def _wait_for(find: Callable[[], T | None], log: Path, process: subprocess.Popen[bytes]) -> T:
     deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        found = re.search(r"DevTools listening on ws://[^:]+:(\d+)/", log.read_text())
-        if found:
-            return int(found[1])
+    while (found := find()) is None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ class FakeGrafana:
     datasources: list[dict[str, Any]] = field(default_factory=list)
     broken: tuple[int, str] | None = None  # every call answers this
     forbidden: bool = False  # the token may only read
-    hang_s: float = 0.0
+    hangs: threading.Event | None = None  # nothing is answered before it is set
     writes: int = 0
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, Any]:
@@ -90,7 +89,8 @@ def serving(prefix: str = "") -> Iterator[FakeGrafana]:
         def _handle(self, method: str) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            time.sleep(grafana.hang_s)
+            if grafana.hangs is not None:
+                grafana.hangs.wait(120)
             path = self.path.removeprefix(prefix) if self.path.startswith(prefix) else "/lost"
             token = self.headers.get("Authorization", "")
             status, answer = grafana.answer(method, path, token, body)

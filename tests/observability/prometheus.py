@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import yaml
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 def find_prometheus() -> str | None:
@@ -23,7 +23,7 @@ def find_prometheus() -> str | None:
 
 class Prometheus:
     def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=30)
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
 
     def query(self, expr: str) -> list[float]:
         """The values of an instant query's series that are numbers."""
@@ -78,4 +78,4 @@ def prometheus(target: str, scratch: Path) -> Iterator[Prometheus]:
     finally:
         server.close()
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=TIMEOUT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -218,8 +219,9 @@ def test_tokens_that_are_missing_wrong_or_weak(
 
 
 def test_server_that_hangs_or_is_not_there(grafana: FakeGrafana) -> None:
-    grafana.hang_s = 0.5
+    grafana.hangs = threading.Event()
     code, output = push(grafana, "--timeout-s", "0.1")
+    grafana.hangs.set()
     assert code == 1
     assert "does not answer in time" in output
     grafana.url = "http://127.0.0.1:1"

@@ -183,9 +183,9 @@ def serving() -> Iterator[FakeServer]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     try:
         yield app
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)

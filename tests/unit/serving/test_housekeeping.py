@@ -62,5 +62,5 @@ def test_a_target_that_does_not_say_is_asked_again(monkeypatch, error: Exception
     monkeypatch.setattr(housekeeping, "PERIOD_S", 0.001)
     replica = Replica()
     housekeeping.Housekeeping(replica, "ns", lease_s=3600, freeze_limit_s=0).start()  # type: ignore[arg-type]
-    assert replica.done.wait(30), "it has stopped asking"
+    assert replica.done.wait(120), "it has stopped asking"
     assert replica.concluded == ["committed"]

@@ -43,7 +43,7 @@ class Router:
 async def connected(router: Router) -> PlaceLine:
     """A line that has found its Router, which takes one request."""
     line = PlaceLine(router.listen)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while await line.place(REQUEST) is None:
             await asyncio.sleep(0)
     router.asked.clear()
@@ -81,7 +81,7 @@ async def test_who_waits_when_the_router_goes_is_told() -> None:
     line = await connected(router)
     router.gate.clear()
     waiting = [asyncio.create_task(line.place(REQUEST)) for _ in range(3)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while len(router.asked) < 3:
             await asyncio.sleep(0)
         assert line._writer is not None

@@ -95,7 +95,7 @@ async def test_a_reader_that_leaves_ends_the_stream() -> None:
     items = read_items(await opened(source), "one")
     await anext(items)
     await items.aclose()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         await source.closed.wait()
 
 
