@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from mell_ray.builtin import MODEL_ID
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 START = "from mell_ray.cli import main; main()"
@@ -67,9 +67,7 @@ def test_wheel_holds_packages_and_weights(installed: Path) -> None:
 
 def test_wheel_serves(installed: Path, tmp_path: Path) -> None:
     """`mell-ray serve`, with HAProxy, answers, prints the next steps, and stops on an interrupt."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = yaml.safe_load((installed / "mell_ray" / "builtin" / "local.yaml").read_text())
     config["http_options"]["port"] = port
     scaling = config["applications"][0]["args"]["llm_configs"][0]["deployment_config"]
@@ -93,7 +91,7 @@ def test_wheel_serves(installed: Path, tmp_path: Path) -> None:
             answer = httpx.post(
                 f"http://127.0.0.1:{port}/v1/completions",
                 json={"model": MODEL_ID, "prompt": "It was a truth", "max_tokens": 8},
-                timeout=60,
+                timeout=120,
             )
             assert answer.status_code == 200, answer.text
             assert answer.json()["choices"][0]["text"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import yaml
+
+from tests.ports import free_port
 
 TIMEOUT_S = 120.0
 
@@ -47,9 +48,7 @@ def prometheus(target: str, scratch: Path) -> Iterator[Prometheus]:
     """``target``: host:port whose /metrics is scraped."""
     binary = find_prometheus()
     assert binary is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 # Ray and Serve read these when they are imported.
 os.environ.update(
@@ -30,6 +30,7 @@ from ray import serve
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving import build_openai_app
+from tests.ports import free_port
 
 # For the processes of the cluster, not for this one, which calls handles without an event loop.
 os.environ.update(
@@ -39,6 +40,11 @@ os.environ.update(
 )
 
 CPU_SLOTS = 8
+TIMEOUT_S = 240.0  # of whatever ends by itself, unless something is broken
+LENGTHS = (400, 1200, 3600)  # in tokens; the longest nearly fills a context
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,34 +56,29 @@ class App:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+        )
 
     @property
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
         )
 
     def state(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/mell/v1/state", timeout=30).raise_for_status().json()
+        return httpx.get(f"{self.url}/mell/v1/state", timeout=TIMEOUT_S).raise_for_status().json()
 
     def migrations(self) -> list[dict[str, Any]]:
         url = f"{self.url}/mell/v1/migrations"
-        return httpx.get(url, timeout=30).raise_for_status().json()["migrations"]
+        return httpx.get(url, timeout=TIMEOUT_S).raise_for_status().json()["migrations"]
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        return httpx.post(f"{self.url}/mell/v1/{path}", json=body or {}, timeout=60)
+        return httpx.post(f"{self.url}/mell/v1/{path}", json=body or {}, timeout=TIMEOUT_S)
 
     def wait(self, condition: Callable[[dict[str, Any]], Any], message: str) -> Any:
         """The first true value of ``condition(state)``."""
-        deadline = time.monotonic() + 60
-        while True:
-            state = self.state()
-            value = condition(state)
-            if value:
-                return value
-            assert time.monotonic() < deadline, f"{message}: {state}"
-            time.sleep(0.02)
+        return wait_for(condition, self.state, message)
 
     def wait_ready(self, count: int) -> list[str]:
         """Ids of the ready replicas, once there are ``count`` of them."""
@@ -106,9 +107,7 @@ class App:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """URL of the proxy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     scratch = tempfile.mkdtemp(prefix="ml", dir="/tmp")
     ray.init(
         address="local",
@@ -157,7 +156,7 @@ def settings(
                 "engine_kwargs": engine or {},
             }
         ],
-        "mell": {"fleet": {"replica_lease_s": 5}, "ingress": {"drain_s": 0.5}, **(mell or {})},
+        "mell": {"fleet": {"replica_lease_s": 120}, "ingress": {"drain_s": 0.5}, **(mell or {})},
     }
 
 
@@ -174,7 +173,35 @@ def deploy(cluster: str) -> Iterator[Callable[..., App]]:
 
     yield run
     for name in running:
-        serve.delete(name)
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == f"mell.{name}":
+        delete(name)
+
+
+def delete(name: str) -> None:
+    """End an application, and its replicas before their lease is over."""
+    serve.delete(name)
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == f"mell.{name}":
+            with suppress(ValueError):  # gone by now
                 ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
+
+
+def wait_for(condition: Callable[[S], T], look: Callable[[], S], message: str) -> T:
+    """The first true value of ``condition(look())``."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        seen = look()
+        value = condition(seen)
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{message}: {seen}"
+        time.sleep(0.02)
+
+
+def outlasting(attempt: Callable[[int], T | None], lengths: Sequence[int] = LENGTHS) -> T:
+    """What ``attempt`` makes of a request of so many tokens; of a longer one where it gave None,
+    because the request had ended before the test was done with it."""
+    for length in lengths:
+        found = attempt(length)
+        if found is not None:
+            return found
+    raise AssertionError(f"a request of {lengths[-1]} tokens ends before anything can be done")

@@ -12,7 +12,7 @@ import schemathesis
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving.ingress import app as asgi
 from tests.conformance import exercise, narrowed
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App
 
 EXAMPLES = 5
 OPERATIONS = sorted(
@@ -24,15 +24,17 @@ OPERATIONS = sorted(
 
 @pytest.fixture(scope="module")
 def app(deploy) -> App:
-    return deploy("conformance", replicas=(1, 1), mell={"fleet": {"replica_lease_s": 5}})
+    return deploy("conformance", replicas=(1, 1))
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_operation(app: App, method: str, path: str) -> None:
-    document = httpx.get(f"{app.url}/openapi.json", timeout=30).raise_for_status().json()
+    document = httpx.get(f"{app.url}/openapi.json", timeout=TIMEOUT_S).raise_for_status().json()
     schema = schemathesis.openapi.from_dict(narrowed(document, MODEL_ID))
     operation = schema[path][method]
-    assert exercise(operation, lambda case: case.call(base_url=app.url, timeout=60), EXAMPLES)
+    assert exercise(
+        operation, lambda case: case.call(base_url=app.url, timeout=TIMEOUT_S), EXAMPLES
+    )
 
 
 def test_the_server_is_as_it_was(app: App) -> None:

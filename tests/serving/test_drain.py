@@ -9,7 +9,7 @@ import pytest
 
 from mell_ray.builtin import MODEL_ID
 from mell_ray.serving import cli
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def test_drained_node_gets_nothing_new_and_harms_nothing_old(app: App, capsys) -
     texts: list[str] = []
     running = threading.Thread(target=lambda: texts.append(complete(app, 400)))
     running.start()
-    app.wait(lambda s: s["requests"], "the request does not run")
+    app.wait(lambda s: s["requests"] or not running.is_alive(), "the request does not run")
     node = node_of(app)
     assert node["state"] == "ready"
-    cli.drain(node["address"], app.url, undo=False, wait_s=60.0)
+    cli.drain(node["address"], app.url, undo=False, wait_s=TIMEOUT_S)
     assert "drained after" in capsys.readouterr().out
     running.join()
     assert texts == [expected]

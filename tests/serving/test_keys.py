@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from mell_ray.builtin import MODEL_ID
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App, wait_for
 
 LIMIT = 4096
 
@@ -26,7 +26,7 @@ def app(deploy, tmp_path_factory: pytest.TempPathFactory) -> App:
         "keys",
         replicas=(1, 1),
         mell={
-            "fleet": {"replica_lease_s": 5},
+            "fleet": {"replica_lease_s": 120},
             "ingress": {"drain_s": 0.5, "max_body_bytes": LIMIT, "max_concurrent_per_key": 1},
             "auth": {
                 "clients": {"files": [str(secret / "clients")]},
@@ -45,7 +45,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 def test_health_needs_no_key(app: App) -> None:
-    assert httpx.get(f"{app.url}/health").status_code == 200
+    assert httpx.get(f"{app.url}/health", timeout=TIMEOUT_S).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_health_needs_no_key(app: App) -> None:
     ],
 )
 def test_keys_open_what_they_should(app: App, path: str, key: str | None, status: int) -> None:
-    answer = httpx.get(f"{app.url}/{path}", headers=bearer(key) if key else {})
+    answer = httpx.get(f"{app.url}/{path}", headers=bearer(key) if key else {}, timeout=TIMEOUT_S)
     assert answer.status_code == status
     if status == 401:
         error = answer.json()["error"]
@@ -73,7 +73,9 @@ def test_keys_open_what_they_should(app: App, path: str, key: str | None, status
 
 def test_openai_client(app: App) -> None:
     def client(key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{app.url}/v1", api_key=key, max_retries=0)
+        return openai.OpenAI(
+            base_url=f"{app.url}/v1", api_key=key, max_retries=0, timeout=TIMEOUT_S
+        )
 
     answer = client("client-one").completions.create(**body())
     assert answer.usage is not None
@@ -91,7 +93,10 @@ def test_a_long_body_is_answered_413_told_or_counted(app: App) -> None:
 
     for content in (text, chunks()):
         answer = httpx.post(
-            f"{app.url}/v1/completions", content=content, headers=bearer("client-one")
+            f"{app.url}/v1/completions",
+            content=content,
+            headers=bearer("client-one"),
+            timeout=TIMEOUT_S,
         )
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "request_too_large"
@@ -99,10 +104,10 @@ def test_a_long_body_is_answered_413_told_or_counted(app: App) -> None:
 
 def test_requests_above_the_keys_limit_are_answered_429(app: App) -> None:
     url = f"{app.url}/v1/completions"
-    long = body(max_tokens=1500, ignore_eos=True, stream=True)
+    long = body(max_tokens=4000, ignore_eos=True, stream=True)
 
     async def run() -> tuple[httpx.Response, httpx.Response]:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             stream = client.stream("POST", url, json=long, headers=bearer("client-one"))
             async with stream as running:
                 lines = running.aiter_lines()  # kept: its end would close the stream
@@ -117,7 +122,8 @@ def test_requests_above_the_keys_limit_are_answered_429(app: App) -> None:
     assert same.json()["error"]["code"] == "rate_limit_exceeded"
     assert other.status_code == 200
 
-    def free() -> bool:
-        return httpx.post(url, json=body(), headers=bearer("client-one")).status_code == 200
+    def free(_: Any) -> bool:
+        answer = httpx.post(url, json=body(), headers=bearer("client-one"), timeout=TIMEOUT_S)
+        return answer.status_code == 200
 
-    assert any(free() for _ in range(200)), "the slot of a request whose client left stays taken"
+    wait_for(free, lambda: None, "the slot of a request whose client left stays taken")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -14,9 +15,8 @@ import ray
 from ray import serve
 
 from mell_ray.builtin import MODEL_ID
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App, outlasting
 
-LENGTH = 400
 MODES = ["kv", "token", "hybrid", "token", "kv"]
 
 
@@ -29,7 +29,7 @@ def app(deploy) -> App:
     return app
 
 
-def body(prompt: str, temperature: float, length: int = LENGTH) -> dict:
+def body(prompt: str, temperature: float, length: int) -> dict:
     return {
         "model": MODEL_ID,
         "prompt": prompt,
@@ -75,22 +75,30 @@ async def read(client: httpx.AsyncClient, app: App, request: dict) -> str:
         return stream.text
 
 
-async def migrate(client: httpx.AsyncClient, app: App, request_id: str, mode: str) -> dict:
+async def read_all(app: App, requests: list[dict]) -> list[str]:
+    async with http() as client:
+        return await asyncio.gather(*(read(client, app, request) for request in requests))
+
+
+async def migrate(client: httpx.AsyncClient, app: App, request_id: str, mode: str) -> dict | None:
+    """None: the request has ended."""
     url = f"{app.url}/mell/v1/requests/{request_id}/migrate"
     response = await client.post(url, json={"to": None, "mode": mode})
+    if response.status_code == 404:
+        return None
     assert response.status_code == 200, response.text
-    return response.json()
+    return None if response.json()["outcome"] == "gone" else response.json()
 
 
 def http() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64))
+    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=64))
 
 
 def stalls_told(app: App, ids: set[str]) -> dict:
     """What the application knows of migrations, once the ingress has told how these stalled."""
 
     def complete(_: dict) -> dict | None:
-        told = httpx.get(f"{app.url}/mell/v1/migrations").json()
+        told = httpx.get(f"{app.url}/mell/v1/migrations", timeout=TIMEOUT_S).json()
         known = {r["id"] for r in told["migrations"] if r["stall_seconds"] is not None}
         return told if ids <= known else None
 
@@ -100,11 +108,10 @@ def stalls_told(app: App, ids: set[str]) -> dict:
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
 def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
     """Back and forth, KV and token mode mixed, with 8 other streams running."""
-    main = body("It is a truth universally acknowledged", temperature)
     others = [body(f"Chapter {i}. She had", temperature, 200) for i in range(8)]
 
-    async def moved() -> tuple[str, list[dict], list[str]]:
-        results: list[dict] = []
+    async def moved(main: dict) -> tuple[str, list[dict | None], list[str]]:
+        results: list[dict | None] = []
         async with (
             http() as client,
             client.stream("POST", f"{app.url}/v1/completions", json=main) as response,
@@ -119,11 +126,13 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
             assert stream.done
             return stream.text, results, texts
 
-    async def still() -> list[str]:
-        async with http() as client:
-            return await asyncio.gather(*(read(client, app, o) for o in [main, *others]))
+    def attempt(length: int) -> tuple[dict, str, list[dict], list[str]] | None:
+        main = body("It is a truth universally acknowledged", temperature, length)
+        text, results, texts = asyncio.run(moved(main))
+        whole = [result for result in results if result is not None]
+        return (main, text, whole, texts) if len(whole) == len(MODES) else None
 
-    text, results, texts = asyncio.run(moved())
+    main, text, results, texts = outlasting(attempt)
     assert [result["outcome"] for result in results] == ["committed"] * 5, results
     assert [result["mode"] for result in results] == MODES
     assert results[-1]["generation"] == 6
@@ -137,7 +146,7 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
     # A short tail goes with the hand-over itself; longer moves name their transport.
     assert {by_id[result["id"]]["transport"] for result in results} <= {None, "objects"}
     assert all(told["totals"][mode]["committed"] > 0 for mode in MODES)
-    expected = asyncio.run(still())
+    expected = asyncio.run(read_all(app, [main, *others]))
     assert text == expected[0]
     assert texts == expected[1:]
     assert app.state()["exactly_once_violations"] == 0
@@ -145,63 +154,63 @@ def test_five_migrations_change_no_byte(app: App, temperature: float) -> None:
 
 
 def test_evacuated_replica_is_emptied_and_released(app: App) -> None:
-    opened = app.post("replicas").json()["id"]
-    app.wait_ready(3)
-    requests = [body(f"Chapter {i}. He was", 0.0, 300) for i in range(6)]
 
-    async def drained() -> tuple[list[str], str]:
+    async def drained(victim: str, requests: list[dict]) -> list[str]:
         async with http() as client:
             tasks = [asyncio.create_task(read(client, app, request)) for request in requests]
-            while True:
+            while not any(task.done() for task in tasks):
                 state = (await client.get(f"{app.url}/mell/v1/state")).json()
                 busy = [r["id"] for r in state["replicas"] if r["running"] > 0]
-                if opened in busy and sum(r["running"] for r in state["replicas"]) == 6:
+                if victim in busy and sum(r["running"] for r in state["replicas"]) == 6:
                     break
                 await asyncio.sleep(0.02)
-            answer = await client.post(f"{app.url}/mell/v1/replicas/{opened}/evacuate")
+            answer = await client.post(f"{app.url}/mell/v1/replicas/{victim}/evacuate")
             assert answer.json()["state"] == "draining"
-            return await asyncio.gather(*tasks), opened
+            return await asyncio.gather(*tasks)
 
-    texts, victim = asyncio.run(drained())
-    app.wait(
-        lambda s: victim not in [r["id"] for r in s["replicas"]], "the replica was not released"
-    )
-    with pytest.raises(ValueError, match="Failed to look up actor"):
-        app.actor(victim)
+    def attempt(length: int) -> tuple[list[dict], list[str]] | None:
+        """None: nothing ran there any more when the replica was to be emptied."""
+        victim = app.post("replicas").json()["id"]
+        app.wait_ready(3)
+        requests = [body(f"Chapter {i}. He was", 0.0, length) for i in range(6)]
+        texts = asyncio.run(drained(victim, requests))
+        app.wait(
+            lambda s: victim not in [r["id"] for r in s["replicas"]], "the replica was not released"
+        )
+        with pytest.raises(ValueError, match="Failed to look up actor"):
+            app.actor(victim)
+        moves = [m for m in app.migrations() if m["from"] == victim and m["reason"] == "evacuate"]
+        return (requests, texts) if moves else None
 
-    async def still() -> list[str]:
-        async with http() as client:
-            return await asyncio.gather(*(read(client, app, request) for request in requests))
-
-    assert texts == asyncio.run(still())
-    moves = httpx.get(f"{app.url}/mell/v1/migrations").json()["migrations"]
-    assert [m for m in moves if m["from"] == victim and m["reason"] == "evacuate"]
+    requests, texts = outlasting(attempt, (300, 600, 1200))
+    assert texts == asyncio.run(read_all(app, requests))
     app.wait_idle()
 
 
 def test_killed_replica_s_streams_complete_elsewhere(app: App) -> None:
-    requests = [body(f"Chapter {i}. It was", 0.0, 200) for i in range(6)]
 
-    async def interrupted() -> list[str]:
+    async def interrupted(requests: list[dict]) -> list[str] | None:
         async with http() as client:
             tasks = [asyncio.create_task(read(client, app, request)) for request in requests]
-            while True:
+            killed = False
+            while not (killed or any(task.done() for task in tasks)):
                 state = (await client.get(f"{app.url}/mell/v1/state")).json()
-                ready = {r["id"]: r for r in state["replicas"] if r["running"] > 0}
+                busy = {r["id"]: r for r in state["replicas"] if r["running"] > 0}
                 begun = [r for r in state["requests"] if r["tokens"] > 20]
-                if len(ready) == 2 and len(begun) == 6:
-                    break
+                if len(busy) == 2 and len(begun) == 6:
+                    os.kill(next(iter(busy.values()))["pid"], signal.SIGKILL)
+                    killed = True
                 await asyncio.sleep(0.02)
-            os.kill(next(iter(ready.values()))["pid"], signal.SIGKILL)
-            return await asyncio.gather(*tasks)
+            texts = await asyncio.gather(*tasks)
+            return texts if killed else None
 
-    texts = asyncio.run(interrupted())
+    def attempt(length: int) -> tuple[list[dict], list[str]] | None:
+        requests = [body(f"Chapter {i}. It was", 0.0, length) for i in range(6)]
+        texts = asyncio.run(interrupted(requests))
+        return None if texts is None else (requests, texts)
 
-    async def still() -> list[str]:
-        async with http() as client:
-            return await asyncio.gather(*(read(client, app, request) for request in requests))
-
-    assert texts == asyncio.run(still())
+    requests, texts = outlasting(attempt, (200, 600, 1200))
+    assert texts == asyncio.run(read_all(app, requests))
     app.wait_ready(2)  # the minimum is restored
     app.wait_idle()
 
@@ -214,6 +223,7 @@ def test_greedy_equals_transformers_generate(app: App) -> None:
     from mell_ray.builtin import model_path
     from mell_ray.serving.client import connect
 
+    torch.set_num_threads(1)  # several would wait for each other beside the cluster's processes
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     reference = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
     words = tokenizer.encode("She had been walking for an hour and a half when " * 60)
@@ -238,7 +248,8 @@ def test_operator_errors(app: App) -> None:
     assert wrong.json()["error"]["param"] == "mode"
 
 
-LONG = body("It is a truth", 0.0, 600)
+def long(length: int) -> dict:
+    return body("It is a truth", 0.0, length)
 
 
 def kill_serve_actor(prefix: str) -> None:
@@ -249,37 +260,36 @@ def kill_serve_actor(prefix: str) -> None:
     raise AssertionError(f"no actor {prefix}")
 
 
-def across(app: App, kill: Callable[[], None]) -> tuple[str, str]:
-    """What comes of the long request when ``kill`` is called while it runs, and of one sent right
-    after that."""
+def across(app: App, kill: Callable[[], None]) -> tuple[int, str, str]:
+    """What comes of a long request when ``kill`` is called while it runs, and of one sent right
+    after that. Before them the length of the long one."""
 
-    async def orphaned() -> tuple[str, str]:
+    async def orphaned(length: int) -> tuple[int, str, str] | None:
         async with http() as client:
-            running = asyncio.create_task(read(client, app, LONG))
+            running = asyncio.create_task(read(client, app, long(length)))
             while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
+                if running.done():
+                    return None
                 await asyncio.sleep(0.02)
             kill()
             late = await read(client, app, body("Late.", 0.0, 20))
-            return await running, late
+            return length, await running, late
 
-    return asyncio.run(orphaned())
+    return outlasting(lambda length: asyncio.run(orphaned(length)), (600, 1200, 3600))
 
 
-def undisturbed(app: App) -> str:
-    async def still() -> str:
-        async with http() as client:
-            return await read(client, app, LONG)
-
-    return asyncio.run(still())
+def undisturbed(app: App, length: int) -> str:
+    (text,) = asyncio.run(read_all(app, [long(length)]))
+    return text
 
 
 def test_router_may_die(app: App) -> None:
     """Running streams go on; a new Router finds the replicas and places new requests."""
     before = {r["id"] for r in app.state()["replicas"]}
-    text, late = across(app, lambda: kill_serve_actor(f"SERVE_REPLICA::{app.name}#Router"))
+    length, text, late = across(app, lambda: kill_serve_actor(f"SERVE_REPLICA::{app.name}#Router"))
     assert late
-    assert {r["id"] for r in app.state()["replicas"]} == before
-    assert undisturbed(app) == text
+    app.wait(lambda s: {r["id"] for r in s["replicas"]} == before, "not the same replicas")
+    assert undisturbed(app, length) == text
     app.wait_idle()
 
 
@@ -291,13 +301,17 @@ def test_serve_controller_may_die(app: App) -> None:
         ray.kill(controller, no_restart=False)
 
     before = {r["id"] for r in app.state()["replicas"]}
-    text, late = across(app, kill)
+
+    def runs(_: dict) -> bool:
+        with suppress(KeyError, ray.exceptions.RayError):  # the new one is not there yet
+            return serve.status().applications[app.name].status == "RUNNING"
+        return False
+
+    length, text, late = across(app, kill)
     assert late
-    state = app.wait(
-        lambda s: serve.status().applications[app.name].status == "RUNNING" and s,
-        "the application does not run any more",
-    )
+    app.wait(runs, "the application does not run any more")
+    state = app.state()
     assert {r["id"] for r in state["replicas"]} == before
     assert state["exactly_once_violations"] == 0
-    assert undisturbed(app) == text
+    assert undisturbed(app, length) == text
     app.wait_idle()

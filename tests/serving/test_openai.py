@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from mell_ray.builtin import MODEL_ID
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App
 
 CHAT = [{"role": "user", "content": "Tell me of Emma."}]
 
@@ -128,7 +128,9 @@ def test_too_long_prompt_says_both_lengths(app: App) -> None:
 )
 def test_bad_field_is_named(app: App, field: str, value: object) -> None:
     response = httpx.post(
-        f"{app.url}/v1/completions", json={"model": MODEL_ID, "prompt": "a", field: value}
+        f"{app.url}/v1/completions",
+        json={"model": MODEL_ID, "prompt": "a", field: value},
+        timeout=TIMEOUT_S,
     )
     assert response.status_code == 400
     error = response.json()["error"]
@@ -138,26 +140,28 @@ def test_bad_field_is_named(app: App, field: str, value: object) -> None:
 
 
 def test_malformed_json(app: App) -> None:
-    response = httpx.post(f"{app.url}/v1/chat/completions", content=b'{"model": ')
+    response = httpx.post(
+        f"{app.url}/v1/chat/completions", content=b'{"model": ', timeout=TIMEOUT_S
+    )
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
 
 
 def test_unknown_path_and_method_have_openai_errors(app: App) -> None:
-    assert httpx.get(f"{app.url}/v1/nothing").json()["error"]["message"]
-    response = httpx.get(f"{app.url}/v1/chat/completions")
+    assert httpx.get(f"{app.url}/v1/nothing", timeout=TIMEOUT_S).json()["error"]["message"]
+    response = httpx.get(f"{app.url}/v1/chat/completions", timeout=TIMEOUT_S)
     assert response.status_code == 405
     assert response.json()["error"]["message"]
 
 
 def test_health(app: App) -> None:
-    assert httpx.get(f"{app.url}/health").status_code == 200
+    assert httpx.get(f"{app.url}/health", timeout=TIMEOUT_S).status_code == 200
 
 
 def test_request_id_is_the_operator_api_s(app: App) -> None:
-    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 1500, "ignore_eos": True, "n": 2}
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 3500, "ignore_eos": True, "n": 2}
     with httpx.stream(
-        "POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=60
+        "POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=TIMEOUT_S
     ) as response:
         request_id = response.headers["x-request-id"]
         lines = response.iter_lines()
@@ -173,9 +177,9 @@ def test_request_id_is_the_operator_api_s(app: App) -> None:
 def test_operator_s_moves_are_not_undone_by_the_policy(app: App) -> None:
     """The default policy would pack everything onto one replica at once."""
     replicas = app.wait_ready(2)
-    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 4000, "ignore_eos": True}
     with httpx.stream(
-        "POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=60
+        "POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=TIMEOUT_S
     ) as response:
         request_id = response.headers["x-request-id"]
         lines = response.iter_lines()
@@ -192,10 +196,10 @@ def test_operator_s_moves_are_not_undone_by_the_policy(app: App) -> None:
 
 
 def test_client_that_waits_for_a_whole_answer_and_leaves_frees_its_blocks(app: App) -> None:
-    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 3000, "ignore_eos": True}
+    body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 
     async def leave() -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             task = asyncio.create_task(client.post(f"{app.url}/v1/completions", json=body))
             while not (await client.get(f"{app.url}/mell/v1/state")).json()["requests"]:
                 await asyncio.sleep(0.02)
@@ -245,6 +249,10 @@ def test_64_concurrent_streams(app: App) -> None:
 
 def test_sse_ends_with_done(app: App) -> None:
     body = {"model": MODEL_ID, "prompt": "a", "max_tokens": 2, "stream": True}
-    lines = httpx.post(f"{app.url}/v1/completions", json=body).text.strip().split("\n\n")
+    lines = (
+        httpx.post(f"{app.url}/v1/completions", json=body, timeout=TIMEOUT_S)
+        .text.strip()
+        .split("\n\n")
+    )
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line.removeprefix("data: ")) for line in lines[:-1])

@@ -13,7 +13,7 @@ import ray
 from pydantic import BaseModel
 
 from mell_ray.builtin import MODEL_ID
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App, outlasting
 
 CHAT = [{"role": "user", "content": "Tell me of Emma."}]
 SCHEMA = {
@@ -26,8 +26,6 @@ SCHEMA = {
     "required": ["name", "rank", "age"],
     "additionalProperties": False,
 }
-# More than a hundred tokens: long enough to be moved on the way.
-LONG = {"type": "array", "items": SCHEMA, "minItems": 8, "maxItems": 8}
 
 
 class Person(BaseModel):
@@ -40,15 +38,19 @@ def wanted(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
 
 
-def long_body(**changes: Any) -> dict[str, Any]:
+def many(count: int) -> dict[str, Any]:
+    """Eight of them are more than a hundred tokens: mostly enough to be moved on the way."""
+    return {"type": "array", "items": SCHEMA, "minItems": count, "maxItems": count}
+
+
+def long_body(count: int) -> dict[str, Any]:
     return {
         "model": MODEL_ID,
         "messages": CHAT,
-        "response_format": wanted(LONG),
+        "response_format": wanted(many(count)),
         "temperature": 0,
-        "max_tokens": 1500,
+        "max_tokens": 3600,
         "stream": True,
-        **changes,
     }
 
 
@@ -85,7 +87,8 @@ def test_json_object_and_text_completion(app: App) -> None:
         "max_tokens": 60,
         "response_format": {"type": "json_object"},
     }
-    choice = httpx.post(f"{app.url}/v1/completions", json=body).json()["choices"][0]
+    answer = httpx.post(f"{app.url}/v1/completions", json=body, timeout=TIMEOUT_S)
+    choice = answer.json()["choices"][0]
     assert choice["text"].startswith("{")
     if choice["finish_reason"] == "stop":
         assert isinstance(json.loads(choice["text"]), dict)
@@ -131,33 +134,43 @@ def test_what_cannot_be_followed_is_refused_before_it_is_placed(app: App, schema
 def test_an_answer_in_the_middle_of_a_move_or_a_death_is_the_same(
     app: App, disturbance: str
 ) -> None:
-    replicas = app.wait_ready(2)
-    expected = "".join(texts(app, long_body()))
-    jsonschema.validate(json.loads(expected), LONG)
-    got = ""
-    with httpx.stream(
-        "POST", f"{app.url}/v1/chat/completions", json=long_body(), timeout=120
-    ) as response:
-        request_id = response.headers["x-request-id"]
-        for number, text in enumerate(contents(response)):
-            got += text
-            if number != 12:
-                continue
-            (here,) = [r["replica"] for r in app.state()["requests"] if r["id"] == request_id]
-            (there,) = set(replicas) - {here}
-            if disturbance == "death":
-                ray.kill(app.actor(here))
-            else:
-                moved = app.post(
-                    f"requests/{request_id}/migrate", {"to": there, "mode": disturbance}
-                )
-                assert moved.json()["outcome"] == "committed", moved.text
+    def attempt(count: int) -> tuple[int, str] | None:
+        replicas = app.wait_ready(2)
+        got, disturbed = "", False
+        url = f"{app.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=long_body(count), timeout=TIMEOUT_S) as response:
+            request_id = response.headers["x-request-id"]
+            for number, text in enumerate(contents(response)):
+                got += text
+                if number == 12:
+                    disturbed = disturb(app, request_id, disturbance, replicas)
+        return (count, got) if disturbed else None
+
+    count, got = outlasting(attempt, (8, 24, 64))
+    expected = "".join(texts(app, long_body(count)))
+    jsonschema.validate(json.loads(expected), many(count))
     assert got == expected
+
+
+def disturb(app: App, request_id: str, disturbance: str, replicas: list[str]) -> bool:
+    """False: the request has ended."""
+    where = [r["replica"] for r in app.state()["requests"] if r["id"] == request_id]
+    if not where:
+        return False
+    if disturbance == "death":
+        ray.kill(app.actor(where[0]))
+        return True
+    (there,) = set(replicas) - set(where)
+    moved = app.post(f"requests/{request_id}/migrate", {"to": there, "mode": disturbance})
+    if moved.status_code == 404 or moved.json()["outcome"] == "gone":
+        return False
+    assert moved.json()["outcome"] == "committed", moved.text
+    return True
 
 
 def texts(app: App, body: dict[str, Any]) -> list[str]:
     url = f"{app.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=120) as response:
+    with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:
         return list(contents(response))
 
 

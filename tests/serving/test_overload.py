@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mell_ray.builtin import MODEL_ID
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App
 
 BLOCKS = 24
 
@@ -37,7 +37,7 @@ def body(i: int, max_tokens: int) -> dict:
 
 async def post_all(app: App, bodies: list[dict]) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=len(bodies))
-    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
         calls = [client.post(f"{app.url}/v1/completions", json=body) for body in bodies]
         return await asyncio.gather(*calls)
 
@@ -47,7 +47,7 @@ def test_requests_queue_and_none_is_lost(app: App) -> None:
     responses = asyncio.run(post_all(app, [body(i, 200) for i in range(6)]))
     assert [r.status_code for r in responses] == [200] * 6
     assert [r.json()["usage"]["completion_tokens"] for r in responses] == [200] * 6
-    alone = httpx.post(f"{app.url}/v1/completions", json=body(5, 200), timeout=60)
+    alone = httpx.post(f"{app.url}/v1/completions", json=body(5, 200), timeout=TIMEOUT_S)
     assert responses[5].json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
     app.wait_idle()
 
@@ -68,7 +68,9 @@ def test_full_queue_answers_503_with_retry_after(app: App) -> None:
 
 
 def test_request_larger_than_the_pool_is_refused(app: App) -> None:
-    response = httpx.post(f"{app.url}/v1/completions", json=body(0, BLOCKS * 16 + 1), timeout=30)
+    response = httpx.post(
+        f"{app.url}/v1/completions", json=body(0, BLOCKS * 16 + 1), timeout=TIMEOUT_S
+    )
     assert response.status_code == 400
     error = response.json()["error"]
     assert str(BLOCKS * 16) in error["message"]
@@ -105,7 +107,9 @@ async def first_ends(app: App, calls: list[tuple[str, dict[str, str]]], count: i
     """Names of the first ``count`` calls that are answered once all are there. The last call is
     sent when all others wait or run."""
     ended: list[str] = []
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+    async with httpx.AsyncClient(
+        timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=64)
+    ) as client:
 
         async def call(number: int, name: str, headers: dict[str, str]) -> None:
             url = f"{app.url}/v1/completions"
@@ -146,6 +150,7 @@ def test_wrong_priority_header_is_refused(shared: App, value: str) -> None:
         f"{shared.url}/v1/completions",
         json=body(0, 2),
         headers=bearer("small", **{"x-mell-priority": value}),
+        timeout=TIMEOUT_S,
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "x-mell-priority"

@@ -74,7 +74,7 @@ class Peak:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                state = httpx.get(self._url, timeout=1.0).raise_for_status().json()
+                state = httpx.get(self._url, timeout=10.0).raise_for_status().json()
             except httpx.HTTPError:  # between one ingress and the next
                 continue
             self.seen.add(frozenset(replica["id"] for replica in state["replicas"]))

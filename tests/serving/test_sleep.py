@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from mell_ray.serving import build_openai_app
-from tests.serving.conftest import App
+from tests.serving.conftest import TIMEOUT_S, App, delete
 
 SLOT = "mell_one"
 FIRST, SECOND = "first", "second"
@@ -38,7 +38,7 @@ def app(cluster: str) -> Iterator[App]:
             "fleet": {
                 "cpu_resource": SLOT,
                 "idle_grace_s": 3600,
-                "replica_lease_s": 5,
+                "replica_lease_s": 120,
                 "turn_s": 1,
                 "sleep": True,
             },
@@ -47,10 +47,7 @@ def app(cluster: str) -> Iterator[App]:
     }
     serve.run(build_openai_app(args), name="sleep", route_prefix="/sleep")
     yield App("sleep", f"{cluster}/sleep")
-    serve.delete("sleep")
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == "mell.sleep":
-            ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
+    delete("sleep")
 
 
 def states(app: App) -> dict[str, str]:
@@ -73,7 +70,7 @@ async def complete(client: httpx.AsyncClient, app: App, name: str, prompt: str, 
 
 def ask(app: App, *questions: tuple[str, str], count: int = 16) -> list[str]:
     async def run() -> list[str]:
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             return await asyncio.gather(
                 *(complete(client, app, name, prompt, count) for name, prompt in questions)
             )
@@ -125,7 +122,7 @@ def test_a_holder_that_comes_when_the_replica_sleeps_already_lets_go(app: App) -
     ask(app, (SECOND, "Two."))
     (name,) = (r["id"] for r in app.state()["replicas"] if r["model"] == FIRST)
     sleeper = ray.get_actor(name, namespace="mell.sleep")
-    ray.get(sleeper.keep_slot.remote(), timeout=30)
+    ray.get(sleeper.keep_slot.remote(), timeout=TIMEOUT_S)
 
 
 def test_a_slot_is_lent_to_any_task_and_taken_back(app: App) -> None:
@@ -142,11 +139,11 @@ def test_a_slot_is_lent_to_any_task_and_taken_back(app: App) -> None:
     ask(app, (SECOND, "She had"))
     borrower = Borrower.remote()
     app.post(f"replicas/{app.state()['replicas'][-1]['id']}/evacuate")
-    assert ray.get(borrower.ready.remote(), timeout=60)
+    assert ray.get(borrower.ready.remote(), timeout=TIMEOUT_S)
     app.wait(lambda _: states(app).get(FIRST) == "lent", "the slot is not shown as lent")
 
     async def wait_for_it() -> list[str]:
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             answer = asyncio.create_task(complete(client, app, FIRST, "She had", 16))
             while not (await client.get(f"{app.url}/mell/v1/state")).json()["queued"]:
                 await asyncio.sleep(0.02)
