@@ -95,6 +95,14 @@ class EngineConfig(_Strict):
         description="Share of the host's free memory that a CPU replica may take for faster "
         "layouts of bfloat16 weights, up to two, each as large as the weights. 0: none.",
     )
+    dense_kv_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=4,
+        description="Memory that a CPU replica may take for dense copies of the KV of running "
+        "decodes, which attention reads faster than blocks, as a share of its KV pool; at most a "
+        "quarter of the host's free memory. 0: none.",
+    )
     revision: str | None = Field(default=None, description="Hub revision of the model.")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mell_kernels.cpu import Workspace
+from mell_kernels.cpu_plan import Workspace
 from mell_kernels.metadata import AttentionMetadata
 
 _LEVELS = 127
@@ -96,6 +96,7 @@ class Int8Pool:
                 meta,
                 block_tables=tables.view(-1, width).to(torch.int32),
                 slot_mapping=meta.slot_mapping.new_empty(0),  # nothing is written there
+                owners=None,  # nor is it the same in the next layer
             ),
         )
 

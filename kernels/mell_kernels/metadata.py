@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,4 +24,6 @@ class AttentionMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     num_decodes: int = 0  # leading sequences that have one query each
+    # One per sequence, the same as long as what its blocks hold only grows; None: not known.
+    owners: list[Hashable] | None = None
     plan: Any = None  # what a device prepares once a step; None until then

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mell_kernels import cpu, cpu_sampling, reference
-from mell_kernels.cpu import Workspace
+from mell_kernels.cpu_plan import CpuPlan, Workspace
 from mell_kernels.int8 import Int8Plan, Int8Pool
 from mell_kernels.metadata import AttentionMetadata
 from mell_kernels.rows import SamplingRows
@@ -35,7 +35,7 @@ def prepare(pool: torch.Tensor | Int8Pool, meta: AttentionMetadata, workspace: W
 
         meta.plan = gpu.plan(pool, meta)
     else:
-        meta.plan = cpu.CpuPlan(pool, meta, workspace)
+        meta.plan = CpuPlan(pool, meta, workspace)
 
 
 def write_kv(

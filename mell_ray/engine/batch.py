@@ -66,6 +66,7 @@ class BatchBuilder:
                 max_seqlen_q=int(lengths.max()),
                 max_seqlen_k=int(ends.max()),
                 num_decodes=_leading_ones(lengths),
+                owners=[seq.kv_owner for seq, _ in chunks],
             ),
             num_resident_tokens=int(ends.sum()),
         )

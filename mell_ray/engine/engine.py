@@ -13,10 +13,11 @@ import torch
 from mell_kernels import ops
 
 from mell_ray.config import EngineConfig
-from mell_ray.engine.batch import BatchBuilder, RaggedBatch
+from mell_ray.engine.batch import BatchBuilder, Chunk, RaggedBatch
 from mell_ray.engine.block_pool import BlockPool, root_hash
 from mell_ray.engine.grammar import GrammarCompiler, wait_for_masks
 from mell_ray.engine.graphs import CudaCapture, DecodeGraphs
+from mell_ray.engine.host_memory import free_bytes
 from mell_ray.engine.kv_pool import KVPool, KVShape, capacity_blocks
 from mell_ray.engine.memory import gpu_capacity, graph_sizes
 from mell_ray.engine.model import LoadedModel, PagedKV
@@ -29,6 +30,8 @@ from mell_ray.engine.transfer import to_device
 from mell_ray.engine.types import StepOutput, TokenDelta
 from mell_ray.engine.weight_image import WeightImage
 from mell_ray.errors import ConfigError, ConflictError
+
+_MOST_DENSE = 0.25  # of the host's free memory
 
 
 class Engine(Residents):
@@ -76,7 +79,8 @@ class Engine(Residents):
         max_blocks = -(-longest // self.block_size) + 1
         self._builder = BatchBuilder(config.max_num_seqs, max_blocks, self.block_size, target)
         self._widest_step = config.max_num_batched_tokens, config.max_num_seqs
-        self._workspace = ops.Workspace()
+        self._dense_nbytes = _dense_nbytes(kv, config)
+        self._workspace = ops.Workspace(self._dense_nbytes)
         self._graph_sizes = graph_sizes(shape, config)
         self._max_blocks = max_blocks
         self._graphs = self._capture_graphs()
@@ -113,7 +117,7 @@ class Engine(Residents):
         self._blocks.forget_cached()
         self._kv.release()
         self._graphs = None
-        self._workspace = ops.Workspace()
+        self._workspace = ops.Workspace(self._dense_nbytes)
         del self._model
         gc.collect()
         if torch.cuda.is_initialized():
@@ -149,7 +153,7 @@ class Engine(Residents):
                     num_decode += 1
                 else:
                     num_prefill += count
-            batch = self._builder.build(plan.chunks)
+            batch = self._builder.build(self._in_order(plan.chunks))
             resident = batch.num_resident_tokens
             seqs, draw = self._run(batch, len(plan.chunks))
             # A GPU is still computing; what needs no token is done meanwhile.
@@ -170,6 +174,11 @@ class Engine(Residents):
             num_preempted=plan.num_preempted,
             seconds=time.perf_counter() - start,
         )
+
+    def _in_order(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Decodes first, as their dense copies lie."""
+        place_of = self._workspace.dense.place_of
+        return sorted(chunks, key=lambda chunk: (chunk[1] > 1, place_of(chunk[0].kv_owner)))
 
     @torch.inference_mode()
     def _run(self, batch: RaggedBatch, num_seqs: int) -> tuple[list[Sequence], Draw | None]:
@@ -206,6 +215,13 @@ class Engine(Residents):
         if reason is not None:
             self._forget(seq.request_id)
         return self._delta(seq, reason)
+
+
+def _dense_nbytes(kv: KVPool, config: EngineConfig) -> int:
+    """What dense copies of the KV of running decodes may take. Of int8 there are none."""
+    if kv.tensor.device.type != "cpu" or kv.tensor is not kv.cache:
+        return 0
+    return int(min(config.dense_kv_share * kv.tensor.nbytes, _MOST_DENSE * free_bytes()))
 
 
 def _capacity(model: LoadedModel, shape: KVShape, config: EngineConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Sequence:
     compute_limit: int | None = None  # reservations: tokens to compute here; None: all known
     penalties: Any = None  # sampler: token counts, where a penalty needs them
     constraint: Any = None  # engine: the Constraint of its grammar, if it has one
+    serial: int = field(default_factory=itertools.count().__next__)  # never that of another one
     key: tuple[int, float, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +48,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def kv_owner(self) -> tuple[int, int]:
+        """The same as long as its KV only grows, and never anybody else's."""
+        return self.serial, self.times_dropped
 
     @property
     def num_computed(self) -> int:
