@@ -36,7 +36,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*build, str(source)], check=True, capture_output=True)
     wheel = next(where.glob("*.whl"))
     target = where / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    install += ["--no-index", "--disable-pip-version-check", "--target"]
     subprocess.run([*install, str(target), str(wheel)], check=True, capture_output=True)
     return target
 

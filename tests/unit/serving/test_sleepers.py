@@ -214,6 +214,7 @@ async def test_a_slot_that_is_just_coming_is_not_waited_for_in_vain(
     """One slot is known to be used; a second one that is taken may be the waiting replica's."""
     monkeypatch.setattr(sleepers, "supply", lambda _: Supply({"node": 0.0}, taken))
     monkeypatch.setattr(sleepers, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(sleepers, "STARTING_S", 3600.0)
     world = World()
     world.add(Actor(), "ready", "user")
     world.add(Actor(), "starting", "waiter", holder=Holder())
