@@ -220,7 +220,7 @@ class MigrationConfig(_Strict):
         "objects are always allowed, as the one that never fails alone.",
     )
     chunk_bytes: int = Field(
-        default=16 << 20, ge=1, description="Blocks travel in chunks of at most that many bytes."
+        default=32 << 20, ge=1, description="Blocks travel in chunks of at most that many bytes."
     )
     tail_bytes: int = Field(
         default=1 << 20,

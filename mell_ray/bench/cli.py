@@ -209,7 +209,7 @@ def _print_figures(result: dict[str, Any]) -> None:
     """The figures that stand for the whole, a line each."""
     for key, value in result.items():
         if isinstance(value, float | int):
-            typer.echo(f"{key:24} {value:8.3f}")
+            typer.echo(f"{key:26} {value:8.3f}")
 
 
 def _check_output(json_out: Path | None) -> None:

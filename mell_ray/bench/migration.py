@@ -24,7 +24,8 @@ from mell_ray.bench.load import Load
 from mell_ray.bench.local_ray import OnPhase, random_model_on_local_ray
 from mell_ray.bench.machine import machine, versions
 from mell_ray.bench.rig import Rig, Watched
-from mell_ray.bench.transport import SIZES_MIB, measure_transport
+from mell_ray.bench.timed_replica import TimedReplica
+from mell_ray.bench.transport import REQUESTS, SIZES_MIB, Transfers, measure_transport
 from mell_ray.config import LLMConfig, MellSettings
 from mell_ray.errors import ServerError
 from mell_ray.migration.types import MigrationResult, Mode
@@ -44,7 +45,8 @@ FIGURES = {  # which figure of which part stands for it
     "throughput_ratio": ("others", "throughput_ratio"),
     "migrations_per_s": ("others", "migrations_per_s"),
     "p99_ttft_ratio": ("others", "p99_ttft_ratio"),
-    "transport_memcpy_ratio": ("transport", "ratio"),
+    "transport_memcpy_ratio": ("transport", "transport_ratio"),
+    "pool_to_pool_memcpy_ratio": ("transport", "pool_to_pool_ratio"),
     "mode_choice_accuracy": ("choice", "accuracy"),
 }
 EQUAL_WITHIN = 1.05  # two modes whose times differ by less are equally fast
@@ -60,7 +62,7 @@ class MigrationBenchOptions:
     token_moves: int = 24
     windows: int = 8
     window_s: float = 4.0
-    transfers: int = 9
+    transfers: int = 15
     grid_contexts: tuple[int, ...] = (256, 1024, 3072)
     grid_bytes_per_s: tuple[float, ...] = (2e6, 10e6, 50e6, 1e9)
     grid_loads: tuple[int, ...] = (0, 3)
@@ -77,7 +79,7 @@ def measure(options: MigrationBenchOptions, on_phase: OnPhase) -> dict[str, Any]
 async def _measure(
     options: MigrationBenchOptions, model: Path, on_phase: OnPhase
 ) -> dict[str, Any]:
-    rig = Rig(_llm(model, options.dtype), _settings())
+    rig = Rig(_llm(model, options.dtype), _settings(), TimedReplica)
     bench = _Bench(rig, options, on_phase)
     try:
         on_phase("starting two replicas")
@@ -199,9 +201,14 @@ class _Bench:
         assert info is not None
         blocks = (max(SIZES_MIB) << 20) // info.block_nbytes
         context = min(blocks * info.block_size, info.max_model_len - 64)
-        watched = await self._running(context, 8)
-        found = await measure_transport(self._rig, watched, self._options.transfers)
-        await self._end(watched)
+        moving, watched = Transfers(self._rig), []
+        for _ in range(REQUESTS):
+            watched.append(await self._running(context, 8))
+            await moving.add(watched[-1])
+        found = await measure_transport(moving, self._options.transfers)
+        await moving.close()
+        for one in watched:
+            await self._end(one)
         return found
 
     # --- the choice of a mode -----------------------------------------------------------------
@@ -294,5 +301,5 @@ def _llm(model: Path, dtype: str) -> LLMConfig:
 
 def _settings() -> MellSettings:
     return MellSettings.model_validate(
-        {"fleet": {"replica_lease_s": 3600}, "migration": {"timeout_s": 120, "freeze_limit_s": 60}}
+        {"fleet": {"replica_lease_s": 3600}, "migration": {"timeout_s": 600, "freeze_limit_s": 600}}
     )

@@ -18,9 +18,10 @@ from mell_ray.migration.driver import DriverLimits, migrate
 from mell_ray.migration.faults import Faults
 from mell_ray.migration.transports import LinkTable
 from mell_ray.migration.types import MigrationOrder, MigrationResult, Mode
-from mell_ray.serving.fleet import Fleet, Replica
+from mell_ray.serving.fleet import Fleet, Replica, actor_class
 from mell_ray.serving.links import ReplicaLinks
 from mell_ray.serving.migrator import LinkWay, RaySource, RayTarget
+from mell_ray.serving.replica import GPUReplica
 from mell_ray.serving.track import Track
 from mell_ray.serving.wire import Migrating, Moved, StreamItem
 
@@ -63,11 +64,14 @@ class Watched:
 class Rig:
     """``count`` replicas of one model. Ray must be running; ``close`` kills the replicas."""
 
-    def __init__(self, llm: LLMConfig, settings: MellSettings) -> None:
+    def __init__(
+        self, llm: LLMConfig, settings: MellSettings, replica: type[GPUReplica] = GPUReplica
+    ) -> None:
         self._llm = llm
         self._namespace = f"mell-bench-{uuid.uuid4().hex[:8]}"
         self._ingress_id = uuid.uuid4().hex
         self._fleet = Fleet({llm.model_id: llm}, settings, self._namespace)
+        self._fleet.replica_class = actor_class(replica)
         self._links = ReplicaLinks(self._namespace, self._ingress_id, self._on_item, lambda _: None)
         self._watched: dict[str, Watched] = {}
         self._config = settings.migration

@@ -1,13 +1,28 @@
-"""How fast blocks travel as Ray objects, beside this machine's memcpy."""
+"""How fast blocks travel as Ray objects, beside this machine's memcpy.
+
+Two figures, of the same migrations' calls:
+
+- *transport*: from the moment the source gives the first block away (``send_blocks``) until the
+  target can read the last one (``recv_blocks``). In it: Ray's copy into shared memory, the message
+  from the source to the target, and where there are several chunks all that lies between them.
+  Not in it: the request for the first chunk, and copying into the target's pool (left out for this
+  figure, so that it does not take the cores either).
+- *pool to pool*: from the driver's first call to the target's last answer; everything.
+
+Both move blocks that lie in no cache, and so does memcpy: each takes the next part of memory larger
+than the caches. All figures are medians.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from mell_ray.bench.local_ray import OBJECT_STORE_BYTES
 from mell_ray.bench.rig import Rig, Watched
 from mell_ray.migration.copying import BlockCopier, CopyLimits
 from mell_ray.migration.faults import Faults
@@ -16,11 +31,14 @@ from mell_ray.migration.types import MigrationOrder
 from mell_ray.serving.migrator import RaySource, RayTarget
 
 SIZES_MIB = (16, 32, 64)
+REQUESTS = 3  # of the largest size each, to take turns
+WARM_UP = 3  # transfers and copies of each kind that are not counted
+COPIES = 3  # of memcpy after each transfer
+FREE_S = 1.5  # within that time Ray gives freed objects' memory back to its store
 
 
 class Memcpy:
-    """One thread copying memory that is mapped but in no cache, as blocks of a pool are: each copy
-    takes the next part of two buffers much larger than the caches."""
+    """One thread copying memory that is mapped but in no cache, as blocks of a pool are."""
 
     BUFFER_BYTES = 512 << 20
 
@@ -29,63 +47,127 @@ class Memcpy:
         self._target = np.ones(self.BUFFER_BYTES, np.uint8)
         self._at = 0
 
-    def bytes_per_s(self, nbytes: int) -> float:
-        """The best of three."""
-        best = float("inf")
-        for _ in range(3):
-            if self._at + nbytes > self.BUFFER_BYTES:
-                self._at = 0
-            part = slice(self._at, self._at + nbytes)
-            self._at += nbytes
-            started = time.perf_counter()
-            np.copyto(self._target[part], self._source[part])
-            best = min(best, time.perf_counter() - started)
-        return nbytes / best
+    def seconds(self, nbytes: int) -> float:
+        if self._at + nbytes > self.BUFFER_BYTES:
+            self._at = 0
+        part = slice(self._at, self._at + nbytes)
+        self._at += nbytes
+        started = time.perf_counter()
+        np.copyto(self._target[part], self._source[part])
+        return time.perf_counter() - started
 
 
-async def measure_transport(rig: Rig, watched: Watched, transfers: int) -> dict[str, Any]:
-    """Chunks of one frozen request from pool to pool, nothing else running, beside memcpy of as
-    many bytes in this process, both of memory in no cache.
+class Transfers:
+    """Blocks of frozen requests from the first replica to the second, again and again. The replicas
+    are ``TimedReplica``."""
 
-    ``watched`` runs on the first replica with at least as much KV as the largest size, or what
-    there is counts; it goes on there afterwards.
-    """
-    source, target = rig.replicas
-    info = source.info
-    assert info is not None
-    order = MigrationOrder(
-        "bench-transport",
-        watched.track.request_id,
-        source.replica_id,
-        target.replica_id,
-        "kv",
-        "bench",
-    )
-    ends = RaySource(source.actor, Faults(None)), RayTarget(target.actor, Faults(None))
-    state = await ends[0].begin(order)
-    await ends[1].reserve(order, state)
-    await ends[0].freeze(order.migration_id, 0)[0]
-    found, reference = {}, Memcpy()
-    chunk_blocks = max(1, rig.chunk_bytes // info.block_nbytes)
+    def __init__(self, rig: Rig) -> None:
+        self.source, self.target = rig.replicas
+        info = self.source.info
+        assert info is not None
+        self.info = info
+        self.ends = (
+            RaySource(self.source.actor, Faults(None)),
+            RayTarget(self.target.actor, Faults(None)),
+        )
+        self._limits = CopyLimits(
+            info.block_nbytes, max(1, rig.chunk_bytes // info.block_nbytes), 30.0
+        )
+        self._orders: list[MigrationOrder] = []
+        self._next: list[tuple[int, int]] = []  # (request, first block)
+        self.blocks_of = 0  # each request
+
+    async def add(self, watched: Watched) -> None:
+        """A request that runs on the first replica, with at least as much KV as the largest size,
+        or what there is counts; it rests there until ``close``."""
+        order = MigrationOrder(
+            f"bench-transport-{watched.track.request_id}",
+            watched.track.request_id,
+            self.source.replica_id,
+            self.target.replica_id,
+            "kv",
+            "bench",
+        )
+        state = await self.ends[0].begin(order)
+        await self.ends[1].reserve(order, state)
+        await self.ends[0].freeze(order.migration_id, 0)[0]
+        self._orders.append(order)
+        self.blocks_of = state.num_computed // self.info.block_size
+
+    async def close(self) -> None:
+        for order in self._orders:
+            await self.ends[1].settle(order.migration_id)
+            await self.ends[0].thaw(order)
+        for replica in (self.source, self.target):
+            await replica.actor.plain_transport.remote()
+
+    async def keep(self, keep: bool) -> None:
+        for replica in (self.source, self.target):
+            await replica.actor.time_transport.remote(keep)
+
+    async def touch(self, store_bytes: int) -> None:
+        """Use most of Ray's store once at both ends: what follows finds no memory that its process
+        has never touched, as memcpy does not."""
+        nbytes = self.blocks_of * self.info.block_nbytes
+        for _ in range(2):
+            for _ in range(store_bytes * 3 // 4 // nbytes):
+                await self.once(self.blocks_of)
+            await asyncio.sleep(FREE_S)
+
+    async def once(self, blocks: int) -> tuple[float, float]:
+        """Seconds: of the transport, of everything."""
+        request, first = self._place(blocks)
+        copier = BlockCopier(self._orders[request], *self.ends, PlainWay(), self._limits)
+        started = time.perf_counter()
+        await copier.ascending(first, first + blocks)
+        everything = time.perf_counter() - started
+        given = await self.source.actor.moments.remote()
+        readable = await self.target.actor.moments.remote()
+        return max(at for _, at in readable) - min(at for _, at in given), everything
+
+    def _place(self, blocks: int) -> tuple[int, int]:
+        """Other blocks each time, until it is their turn again."""
+        if not self._next or self._next[0][1] + blocks > self.blocks_of:
+            self._next = self._next[1:]
+        if not self._next:
+            self._next = [(request, 0) for request in range(len(self._orders))]
+        request, first = self._next[0]
+        self._next[0] = (request, first + blocks)
+        return request, first
+
+
+async def measure_transport(moving: Transfers, transfers: int) -> dict[str, Any]:
+    """``transfers`` of each size and kind, nothing else running, beside memcpy of as many bytes."""
+    reference, found = Memcpy(), {}
+    await moving.keep(False)
+    await moving.touch(OBJECT_STORE_BYTES)
     for size in SIZES_MIB:
-        blocks = min((size << 20) // info.block_nbytes, state.num_computed // info.block_size)
-        rates, memcpy = [], []
-        for turn in range(transfers + 2):
-            copier = BlockCopier(
-                order, *ends, PlainWay(), CopyLimits(info.block_nbytes, chunk_blocks, 30.0)
-            )
-            started = time.perf_counter()
-            await copier.ascending(0, blocks)
-            took = time.perf_counter() - started
-            if turn >= 2:  # the first ones touch memory for the first time
-                rates.append(blocks * info.block_nbytes / took)
-                memcpy.append(reference.bytes_per_s(blocks * info.block_nbytes))
+        blocks = min((size << 20) // moving.info.block_nbytes, moving.blocks_of)
+        nbytes = blocks * moving.info.block_nbytes
+        seconds: dict[str, list[float]] = {"transport": [], "pool_to_pool": [], "memcpy": []}
+        for keep in (False, True):
+            await moving.keep(keep)
+            for turn in range(WARM_UP + transfers):
+                transport, everything = await moving.once(blocks)
+                copies = [reference.seconds(nbytes) for _ in range(COPIES)]
+                # Slow enough for the store to get its memory back: a full one spills to disk.
+                await asyncio.sleep(FREE_S * nbytes / (OBJECT_STORE_BYTES // 3))
+                if turn >= WARM_UP:
+                    seconds["pool_to_pool" if keep else "transport"].append(
+                        everything if keep else transport
+                    )
+                    seconds["memcpy"] += copies
+        rate = {name: nbytes / median(took) for name, took in seconds.items()}
         found[f"{size} MiB"] = {
-            "bytes": blocks * info.block_nbytes,
-            "bytes_per_s": median(rates),
-            "memcpy_bytes_per_s": median(memcpy),
-            "ratio": median(rates) / median(memcpy),
+            "bytes": nbytes,
+            **{f"{name}_bytes_per_s": value for name, value in rate.items()},
+            "transport_ratio": rate["transport"] / rate["memcpy"],
+            "pool_to_pool_ratio": rate["pool_to_pool"] / rate["memcpy"],
         }
-    await ends[1].settle(order.migration_id)
-    await ends[0].thaw(order)
-    return {"ratio": min(size["ratio"] for size in found.values()), "by_size": found}
+    return {
+        **{
+            name: min(size[name] for size in found.values())
+            for name in ("transport_ratio", "pool_to_pool_ratio")
+        },
+        "by_size": found,
+    }

@@ -150,15 +150,13 @@ class BlockCopier:
         self._way.worked(transport, nbytes, time.monotonic() - started)
 
     async def _move(self, transport: TransportName, span: range) -> None:
-        migration_id = self._order.migration_id
-        future, payload = self._source.stage(migration_id, span.start, len(span), transport)
-        meta = await future
-        if meta.num_blocks < len(span):
+        received = await self._target.receive(
+            self._order.migration_id, span.start, len(span), transport
+        )
+        if received.meta.num_blocks < len(span):
             raise SourceStopped("the source was preempted while it was moved")
-        receiving = self._target.receive(migration_id, span.start, payload, transport)
-        del payload  # the last reference but the call's own
-        self.done.progress_tokens = max(self.done.progress_tokens, await receiving)
-        self.done.ready_blocks = max(self.done.ready_blocks, meta.ready_blocks)
+        self.done.progress_tokens = max(self.done.progress_tokens, received.progress_tokens)
+        self.done.ready_blocks = max(self.done.ready_blocks, received.meta.ready_blocks)
 
     def _choose(self) -> TransportName:
         for name in self._way.transports():

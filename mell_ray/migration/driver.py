@@ -1,8 +1,9 @@
 """Drives one live migration from reserve to commit, or to a clean abort.
 
-The driver talks to the two replicas through small protocols and never touches KV itself: payloads
-are references that it passes on, so the bytes go from source to target directly. It may die at any
-point; what it leaves behind expires or is settled by the replicas themselves.
+The driver talks to the two replicas through small protocols and never touches KV itself: the
+target asks the source for blocks, and of the last ones, which the freeze hands over, the driver
+only passes a reference on. It may die at any point; what it leaves behind expires or is settled by
+the replicas themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class DriverLimits:
     """When live copying stops and how long anything may take. Bytes, tokens and seconds."""
 
     max_stages: int = 8
-    chunk_bytes: int = 16 << 20
+    chunk_bytes: int = 32 << 20
     tail_bytes: int = 0  # of blocks that the freeze carries rather than another stage
     tail_tokens: int = 16
     timeout_s: float = 30.0

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from mell_ray.engine.types import RequestState, Reservation
 from mell_ray.migration.transports.base import OBJECTS, Ticket, TransportName
 from mell_ray.migration.types import (
-    ChunkMeta,
     Committed,
     Frozen,
     MigrationOrder,
+    Received,
     Settlement,
     TokenTail,
 )
@@ -45,10 +45,6 @@ class Source(Protocol):
 
     async def abort_link(self, transport: TransportName, peer: str) -> None: ...
 
-    def stage(
-        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
-    ) -> tuple[Awaitable[ChunkMeta], Payload]: ...
-
     async def tokens(self, migration_id: str, start: int) -> TokenTail: ...
 
     def freeze(
@@ -74,9 +70,9 @@ class Target(Protocol):
     async def abort_link(self, transport: TransportName, peer: str) -> None: ...
 
     async def receive(
-        self, migration_id: str, first_block: int, payload: Payload, transport: TransportName
-    ) -> int:
-        """Returns how many leading tokens of the request have KV at the target now."""
+        self, migration_id: str, first_block: int, num_blocks: int, transport: TransportName
+    ) -> Received:
+        """Ask the source for these blocks and take them in."""
         ...
 
     async def extend(self, migration_id: str, tail: TokenTail) -> None: ...

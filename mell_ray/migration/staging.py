@@ -10,8 +10,8 @@ BUFFERS_PER_MIGRATION = 2
 
 class Staging:
     """Host buffers of one replica. Each migration takes turns between two of them: the first may
-    be written again when the third chunk is asked for, because the driver asks for it only after
-    the answer with the first has reached it."""
+    be written again when the third chunk is asked for, because the driver asks for it only
+    after the target has taken the first one in."""
 
     def __init__(self) -> None:
         self._idle: list[np.ndarray] = []

@@ -42,6 +42,15 @@ class ChunkMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """The target's answer to one stage. ``num_blocks`` of ``meta`` may be fewer than asked for:
+    then none were taken in. ``progress_tokens``: leading tokens whose KV is at the target."""
+
+    meta: ChunkMeta
+    progress_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenTail:
     """Tokens that the source has produced since ``start`` (token mode)."""
 

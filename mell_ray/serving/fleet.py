@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -76,7 +76,7 @@ class Replica:
 class Fleet:
     """Creates, wakes, re-attaches and kills replica actors. Holds no policy."""
 
-    replica_class: ClassVar[Any] = actor_class(GPUReplica)  # benchmarks put theirs in its place
+    replica_class: Any = actor_class(GPUReplica)  # benchmarks put theirs in its place
 
     def __init__(self, llms: dict[str, LLMConfig], settings: MellSettings, namespace: str) -> None:
         self._llms = llms

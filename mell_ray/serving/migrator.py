@@ -10,37 +10,33 @@ import logging
 import time
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
 from mell_ray.config import MellSettings
 from mell_ray.engine.types import RequestState, Reservation
-from mell_ray.errors import MigrationError
 from mell_ray.migration.budget import Budgets, Slots
 from mell_ray.migration.driver import DriverLimits, migrate
 from mell_ray.migration.faults import Faults, fault_point
-from mell_ray.migration.peers import Payload, PeerDied
+from mell_ray.migration.peers import Payload
 from mell_ray.migration.transports import Endpoint, LinkTable
 from mell_ray.migration.transports.base import Ticket, TransportName
 from mell_ray.migration.types import (
-    ChunkMeta,
     Committed,
     Frozen,
     MigrationOrder,
     MigrationResult,
+    Received,
     Settlement,
     TokenTail,
 )
 from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.logs import configure_logging
-from mell_ray.serving.ray_errors import unwrap
+from mell_ray.serving.peer_calls import ask
 from mell_ray.serving.wire import ReplicaInfo
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Of these a replica must do one thing at a time: two communicators on one GPU may block each other.
 ALONE: frozenset[TransportName] = frozenset({"nccl"})
@@ -49,28 +45,9 @@ ALONE: frozenset[TransportName] = frozenset({"nccl"})
 IMPATIENT = frozenset({"overflow", "make-room", "operator"})
 
 
-async def _ask(call: Awaitable[T]) -> T:
-    """Await a replica's answer in the driver's terms: MellError, PeerDied or TimeoutError."""
-    told: BaseException
-    try:
-        return await call
-    except ActorDiedError as error:
-        told = PeerDied(str(error).splitlines()[0])
-    except (ActorUnavailableError, ObjectLostError) as error:
-        told = MigrationError(f"{type(error).__name__}: no answer from the replica")
-    except RayTaskError as error:
-        told = unwrap(error)
-        if isinstance(told, RayTaskError):
-            told = MigrationError(f"{type(told.cause).__name__}: {told.cause}")
-    try:
-        raise told  # out here, or it and Ray's error would hold each other, and all that they saw
-    finally:
-        del told
-
-
 class RaySource:
-    """The source replica as the driver sees it. Payloads are object references owned here; they
-    are freed as soon as the target has taken them in."""
+    """The source replica as the driver sees it. What it hands over at the freeze is owned here, as
+    object references, and freed as soon as the target has committed."""
 
     def __init__(self, actor: Any, faults: Faults) -> None:
         self._actor = actor
@@ -78,32 +55,20 @@ class RaySource:
 
     @fault_point("migrator.begin")
     async def begin(self, order: MigrationOrder) -> RequestState:
-        return await _ask(self._actor.mig_begin.remote(order))
+        return await ask(self._actor.mig_begin.remote(order))
 
     async def offer(self, transport: TransportName, peer: str) -> Ticket:
-        return await _ask(self._actor.mig_offer.remote(transport, peer))
+        return await ask(self._actor.mig_offer.remote(transport, peer))
 
     async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None:
-        await _ask(self._actor.mig_join.remote(transport, peer, ticket, True))
+        await ask(self._actor.mig_join.remote(transport, peer, ticket, True))
 
     async def abort_link(self, transport: TransportName, peer: str) -> None:
-        await _ask(self._actor.mig_abort_link.remote(transport, peer))
-
-    def stage(
-        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
-    ) -> tuple[Awaitable[ChunkMeta], Payload]:
-        meta, payload = self._actor.mig_stage.remote(
-            migration_id, first_block, max_blocks, transport
-        )
-        return self._staged(meta), payload
-
-    @fault_point("migrator.stage")
-    async def _staged(self, meta: Awaitable[ChunkMeta]) -> ChunkMeta:
-        return await _ask(meta)
+        await ask(self._actor.mig_abort_link.remote(transport, peer))
 
     @fault_point("migrator.tokens")
     async def tokens(self, migration_id: str, start: int) -> TokenTail:
-        return await _ask(self._actor.mig_tokens.remote(migration_id, start))
+        return await ask(self._actor.mig_tokens.remote(migration_id, start))
 
     def freeze(
         self, migration_id: str, first_block: int
@@ -113,14 +78,14 @@ class RaySource:
 
     @fault_point("migrator.freeze")
     async def _frozen(self, frozen: Awaitable[Frozen]) -> Frozen:
-        return await _ask(frozen)
+        return await ask(frozen)
 
     async def thaw(self, order: MigrationOrder) -> bool:
-        return await _ask(self._actor.mig_thaw.remote(order))
+        return await ask(self._actor.mig_thaw.remote(order))
 
     @fault_point("migrator.release")
     async def release(self, migration_id: str) -> float:
-        return await _ask(self._actor.mig_release.remote(migration_id))
+        return await ask(self._actor.mig_release.remote(migration_id))
 
 
 class RayTarget:
@@ -132,35 +97,35 @@ class RayTarget:
 
     @fault_point("migrator.reserve")
     async def reserve(self, order: MigrationOrder, state: RequestState) -> Reservation:
-        return await _ask(self._actor.mig_reserve.remote(order, state))
+        return await ask(self._actor.mig_reserve.remote(order, state))
 
     async def join(self, transport: TransportName, peer: str, ticket: Ticket) -> None:
-        await _ask(self._actor.mig_join.remote(transport, peer, ticket, False))
+        await ask(self._actor.mig_join.remote(transport, peer, ticket, False))
 
     async def abort_link(self, transport: TransportName, peer: str) -> None:
-        await _ask(self._actor.mig_abort_link.remote(transport, peer))
+        await ask(self._actor.mig_abort_link.remote(transport, peer))
 
     @fault_point("migrator.receive")
     async def receive(
-        self, migration_id: str, first_block: int, payload: Payload, transport: TransportName
-    ) -> int:
-        return await _ask(
-            self._actor.mig_receive.remote(migration_id, first_block, payload, transport)
+        self, migration_id: str, first_block: int, num_blocks: int, transport: TransportName
+    ) -> Received:
+        return await ask(
+            self._actor.mig_receive.remote(migration_id, first_block, num_blocks, transport)
         )
 
     @fault_point("migrator.extend")
     async def extend(self, migration_id: str, tail: TokenTail) -> None:
-        await _ask(self._actor.mig_extend.remote(migration_id, tail))
+        await ask(self._actor.mig_extend.remote(migration_id, tail))
 
     async def wait_progress(self, migration_id: str, num_tokens: int) -> int:
-        return await _ask(self._actor.mig_wait_progress.remote(migration_id, num_tokens))
+        return await ask(self._actor.mig_wait_progress.remote(migration_id, num_tokens))
 
     @fault_point("migrator.commit")
     async def commit(self, migration_id: str, frozen: Payload, payload: Payload) -> Committed:
-        return await _ask(self._actor.mig_commit.remote(migration_id, frozen, payload))
+        return await ask(self._actor.mig_commit.remote(migration_id, frozen, payload))
 
     async def settle(self, migration_id: str) -> Settlement:
-        return await _ask(self._actor.mig_settle.remote(migration_id))
+        return await ask(self._actor.mig_settle.remote(migration_id))
 
 
 class LinkWay:

@@ -29,7 +29,8 @@ from mell_ray.migration.transports.base import (
 )
 from mell_ray.migration.transports.cuda import cuda_transports
 from mell_ray.migration.transports.objects import ObjectTransport
-from mell_ray.migration.types import ChunkMeta, MigrationOrder
+from mell_ray.migration.types import ChunkMeta, MigrationOrder, Received
+from mell_ray.serving.peer_calls import Sources
 from mell_ray.serving.wire import ReplicaSpec
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ class Mover:
         call: InEngine,
         source: MigrationSource,
         target: MigrationTarget,
+        sources: Sources,
         spec: ReplicaSpec,
         block_nbytes: int,
     ) -> None:
         self._call = call
         self._source = source
         self._target = target
+        self._sources = sources
         self._block_nbytes = block_nbytes
         self._staging = Staging()
         self._buffer_bytes = spec.migration.buffer_bytes
@@ -182,12 +185,17 @@ class Mover:
         return meta, await way.send_blocks(order.dst, [buffer], LINK_TIMEOUT_S)
 
     async def receive(
-        self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
-    ) -> int:
-        """Take a chunk in. Returns the leading tokens whose KV is here then."""
+        self, migration_id: str, first_block: int, num_blocks: int, transport: TransportName
+    ) -> Received:
+        """Have a chunk sent and take it in, if the source has all of it."""
         order, busy = await self.in_engine(
             lambda engine: (self._target.order(migration_id), engine.has_work())
         )
+        meta, parcel = await self._sources.stage(
+            order, first_block, num_blocks, transport, LINK_TIMEOUT_S
+        )
+        if meta.num_blocks < num_blocks:
+            return Received(meta)
         data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
         pieces = data if isinstance(data, list) else [data]
         block_nbytes = self._block_nbytes
@@ -196,11 +204,11 @@ class Mover:
         # From the last block to the first: what a hybrid target need not compute itself is
         # everything from the first block that has arrived on.
         for piece in reversed(pieces):
-            num_blocks = len(piece) // block_nbytes
-            stop_block -= num_blocks
+            count = len(piece) // block_nbytes
+            stop_block -= count
 
             def scatter(
-                part: range, piece: Any = piece, first: int = stop_block, count: int = num_blocks
+                part: range, piece: Any = piece, first: int = stop_block, count: int = count
             ) -> Callable[[Engine], int]:
                 start, stop = count - part.stop, count - part.start
                 slab = piece[start * block_nbytes : stop * block_nbytes]
@@ -211,8 +219,8 @@ class Mover:
 
                 return work
 
-            progress = await self._sliced(num_blocks, scatter, paced=busy and not order.urgent)
-        return progress
+            progress = await self._sliced(count, scatter, paced=busy and not order.urgent)
+        return Received(meta, progress)
 
     async def _sliced(
         self,

@@ -40,6 +40,7 @@ from mell_ray.serving.loading import loading_turn
 from mell_ray.serving.logs import configure_logging
 from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
+from mell_ray.serving.peer_calls import Sources
 from mell_ray.serving.replica_migration import MigrationCalls, control
 from mell_ray.serving.token_socket import token_listener
 from mell_ray.serving.versions import weights_hash
@@ -78,10 +79,15 @@ class GPUReplica(MigrationCalls):
         self._loop = EngineLoop(self._engine, self._on_step, self._on_fatal)
         self._source = MigrationSource(spec.migration.timeout_s)
         self._target = MigrationTarget(spec.migration.timeout_s)
-        self._mover = Mover(
-            self.in_engine, self._source, self._target, spec, self._engine.block_nbytes
-        )
         self.faults = Faults.from_environment()
+        self._mover = Mover(
+            self.in_engine,
+            self._source,
+            self._target,
+            Sources(spec.namespace, self.faults),
+            spec,
+            self._engine.block_nbytes,
+        )
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id
         self._listener = token_listener(self._items)

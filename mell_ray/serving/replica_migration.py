@@ -21,6 +21,7 @@ from mell_ray.migration.types import (
     Committed,
     Frozen,
     MigrationOrder,
+    Received,
     Settlement,
     TokenTail,
 )
@@ -150,9 +151,9 @@ class MigrationCalls(ABC):
     @fault_point("target.receive")
     @control
     async def mig_receive(
-        self, migration_id: str, first_block: int, parcel: Parcel, transport: TransportName
-    ) -> int:
-        return await self._mover.receive(migration_id, first_block, parcel, transport)
+        self, migration_id: str, first_block: int, num_blocks: int, transport: TransportName
+    ) -> Received:
+        return await self._mover.receive(migration_id, first_block, num_blocks, transport)
 
     @fault_point("target.extend")
     @control

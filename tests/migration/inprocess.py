@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from mell_ray.migration.peers import PeerDied
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
 from mell_ray.migration.transports.objects import ObjectTransport
-from mell_ray.migration.types import Committed, Frozen
+from mell_ray.migration.types import Committed, Frozen, Received
 from mell_ray.serving.track import Track
 from mell_ray.serving.wire import encode_delta
 
@@ -137,6 +138,10 @@ class Node:
         self.loop.stop()
 
 
+# By migration, as long as somebody has them.
+SOURCES: weakref.WeakValueDictionary[str, SourceEnd] = weakref.WeakValueDictionary()
+
+
 class SourceEnd:
     """The driver's view of a node as a source."""
 
@@ -145,6 +150,7 @@ class SourceEnd:
         self._faults = faults or Faults()
 
     async def begin(self, order):
+        SOURCES[order.migration_id] = self
         return await self._node.call(lambda e: self._node.source.begin(e, order))
 
     async def offer(self, transport, peer):
@@ -206,7 +212,7 @@ class SourceEnd:
 
 
 class TargetEnd:
-    """The driver's view of a node as a target; payloads arrive as futures, as with Ray."""
+    """The driver's view of a node as a target. It finds the source of a migration by itself."""
 
     def __init__(self, node: Node, faults: Faults | None = None) -> None:
         self._node = node
@@ -227,16 +233,20 @@ class TargetEnd:
     async def abort_link(self, transport, peer):
         self._node.transports[transport].abort(peer)
 
-    async def receive(self, migration_id, first_block, payload, transport):
-        parcel = await payload
+    async def receive(self, migration_id, first_block, num_blocks, transport):
+        source, target = SOURCES[migration_id], self._node.target
+        meta, parcel = source.stage(migration_id, first_block, num_blocks, transport)
+        meta = await meta
+        if meta.num_blocks < num_blocks:
+            return Received(meta)
+        parcel = await parcel
         data = await self._node.transports[transport].recv_blocks("peer", parcel, 60)
-        target = self._node.target
 
         def scatter(engine):
             target.receive(engine, migration_id, first_block, data)
             return target.progress(engine, migration_id)
 
-        return await self._do("receive", scatter)
+        return Received(meta, await self._do("receive", scatter))
 
     async def extend(self, migration_id, tail):
         await self._do("extend", lambda e: self._node.target.extend(e, migration_id, tail))

@@ -12,7 +12,7 @@ from mell_ray.migration.copying import BlockCopier, CopyLimits
 from mell_ray.migration.driver import DriverLimits, migrate
 from mell_ray.migration.peers import PlainWay
 from mell_ray.migration.transports import TransportError
-from mell_ray.migration.types import ChunkMeta, MigrationOrder
+from mell_ray.migration.types import ChunkMeta, MigrationOrder, Received
 from tests.migration.inprocess import Node, SourceEnd, TargetEnd, Tracks, request
 from tests.migration.test_driver import KEPT, PROMPT, finish, order, undisturbed, until
 
@@ -163,18 +163,11 @@ class Paced:
     def computed(self) -> int:
         return int((asyncio.get_running_loop().time() - self._start) / self._compute_s)
 
-    def stage(self, migration_id: str, first: int, count: int, transport: str):
+    async def receive(self, migration_id: str, first: int, count: int, transport: str) -> Received:
         del migration_id, transport
-
-        async def meta() -> ChunkMeta:
-            await asyncio.sleep(self._block_s * count)
-            self.sent += range(first, first + count)
-            return ChunkMeta(first, count, 10_000, count)
-
-        return meta(), None
-
-    async def receive(self, *_: object) -> int:
-        return self.computed() * 16
+        await asyncio.sleep(self._block_s * count)
+        self.sent += range(first, first + count)
+        return Received(ChunkMeta(first, count, 10_000, count), self.computed() * 16)
 
 
 @pytest.mark.parametrize(("block_s", "compute_s"), [(0.001, 0.01), (0.004, 0.004), (0.01, 0.001)])

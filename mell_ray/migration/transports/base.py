@@ -1,7 +1,7 @@
 """What a transport is, and between which replicas it can work.
 
-A chunk travels in two halves. The source ``send_blocks``: it gives the bytes away and returns a
-*parcel*, which the Migrator passes on without looking at it. The target ``recv_blocks``: it turns
+The target asks for a chunk, and it travels in two halves. The source ``send_blocks``: it gives the
+bytes away, and what that returns, a *parcel*, is its answer. The target ``recv_blocks``: it turns
 the parcel back into bytes. For Ray objects the parcel is the data, for CUDA IPC it says where the
 data lies in shared GPU memory, for NCCL that a ``send`` of so many bytes is waiting.
 

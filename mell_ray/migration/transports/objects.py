@@ -1,8 +1,9 @@
 """Ray objects: always there, the only way between CPU replicas and between nodes without NCCL.
 
-The parcel is the chunk itself, in few contiguous arrays: the actor returns them, Ray copies them
-into shared memory (or onto the wire), and the target maps them without a copy. The Migrator holds
-the only reference and drops it when the target has taken the chunk in.
+The parcel is the chunk itself, in few contiguous arrays: the source returns them to the target that
+asked, Ray copies them into shared memory (or onto the wire), and the target maps them without a
+copy. The target owns the object and is the only one that refers to it; it lets go of it when the
+chunk has been taken in.
 """
 
 from __future__ import annotations
