@@ -106,11 +106,11 @@ class Transfers:
             await replica.actor.time_transport.remote(keep)
 
     async def touch(self, store_bytes: int) -> None:
-        """Use most of Ray's store once at both ends: what follows finds no memory that its process
-        has never touched, as memcpy does not."""
+        """Use half of Ray's store at both ends (of more it would spill some): what follows finds
+        hardly any memory that its process has never touched, as memcpy does not."""
         nbytes = self.blocks_of * self.info.block_nbytes
         for _ in range(2):
-            for _ in range(store_bytes * 3 // 4 // nbytes):
+            for _ in range(store_bytes // 2 // nbytes):
                 await self.once(self.blocks_of)
             await asyncio.sleep(FREE_S)
 
