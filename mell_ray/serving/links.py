@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ class ReplicaLinks:
             self.spawn(_ignore_death(link.actor.cancel.remote(request_ids)))
 
     def spawn(self, coroutine: Any) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine)
+        """Run it in the background, in a context of its own: what is asked of a deployment in the
+        context of a request, Serve cancels when that request's client goes. To forget the request
+        would be cancelled with it, and it would wait in the Router for ever."""
+        task = asyncio.create_task(coroutine, context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
