@@ -100,8 +100,8 @@ class EngineConfig(_Strict):
         ge=0,
         le=4,
         description="Memory that a CPU replica may take for dense copies of the KV of running "
-        "decodes, which attention reads faster than blocks, as a share of its KV pool; at most a "
-        "quarter of the host's free memory. 0: none.",
+        "decodes of up to 512 tokens, which attention reads faster than blocks, as a share of its "
+        "KV pool; at most a quarter of the host's free memory. 0: none.",
     )
     revision: str | None = Field(default=None, description="Hub revision of the model.")
 

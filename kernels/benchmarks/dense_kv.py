@@ -15,7 +15,7 @@ from mell_ray.engine.engine import Engine
 from mell_ray.engine.model import load_model
 from mell_ray.engine.types import RequestState, SamplingParams
 
-CASES = ((1, 128), (8, 128), (32, 128), (4, 1500))  # requests at once, tokens of prompt
+CASES = ((1, 128), (8, 128), (32, 128), (8, 380))  # requests at once, tokens of prompt
 STEPS = 100
 ROUNDS = 6
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 _SHORTEST = 64  # tokens; each shelf's sequences are up to twice as long as the one's before
+# To copy longer ones takes as long as a step, which their clients would see at each migration.
+_LONGEST = 512
 _LONGER = 16  # tokens that are read at a time, so that the same views serve as many steps
 _MORE = 8  # slots that a shelf grows by
 _EMPTY = -1
@@ -182,6 +184,8 @@ class DenseKV:
             self._pool, self._shelves = pool, {}
         by_capacity: dict[int, list[Decode]] = {}
         for decode in decodes:
+            if decode.length > _LONGEST:
+                continue
             by_capacity.setdefault(_capacity(decode.length, pool.shape[3]), []).append(decode)
         served: list[Served] = []
         rows: set[int] = set()
