@@ -6,7 +6,7 @@ with rows of one token each: the keys and values that a sequence needs in a laye
 ``index_select`` into a workspace that stays in the cache. Sequences are served one after the other,
 since a batched gather of long ones reads more memory than it saves calls; decodes that are short
 enough to fit into the cache together are served together. Decodes of which the workspace keeps a
-dense copy (``dense``) need no gathering, and are served together whatever their length. On another
+dense copy (``dense``) need no gathering. On another
 device the same code is right, and slow.
 """
 

@@ -115,9 +115,9 @@ class CpuPlan:
         ]
 
     def _serve_dense(self, pool: torch.Tensor, owners: list[Hashable]) -> None:
-        starts, tables = self._cu_seqlens, self._tables.astype(np.int64)
+        starts = self._cu_seqlens
         decodes = [
-            Decode(owner, starts[i], self._seq_lens[i], tables[i])
+            Decode(owner, starts[i], self._seq_lens[i], self._tables[i])
             for i, owner in enumerate(owners)
             if starts[i + 1] - starts[i] == 1
         ]

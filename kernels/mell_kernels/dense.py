@@ -33,7 +33,7 @@ class Decode(NamedTuple):
     owner: Hashable  # the same as long as what its blocks hold only grows
     token: int  # its row of the batch
     length: int  # tokens of KV, this step's included
-    blocks: np.ndarray  # int64, at least those that hold the tokens before
+    blocks: np.ndarray  # at least those that hold the tokens before
 
 
 @dataclass(slots=True)
@@ -141,7 +141,8 @@ class _Shelf:
         size, before = self._block_size, decode.length - 1
         kept = self._kv[:, slot]
         for start in range(0, -(-before // size), _FILL_BLOCKS):
-            ids = decode.blocks[start : min(start + _FILL_BLOCKS, -(-before // size))]
+            stop = min(start + _FILL_BLOCKS, -(-before // size))
+            ids = decode.blocks[start:stop].astype(np.int64)
             blocks = pool.index_select(0, torch.from_numpy(ids)).flatten(4).permute(1, 2, 0, 3, 4)
             target = kept[:, :, start * size : (start + len(ids)) * size]
             target.unflatten(2, (len(ids), size)).copy_(blocks)
