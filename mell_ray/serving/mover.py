@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -22,11 +22,13 @@ from mell_ray.migration.target import MigrationTarget
 from mell_ray.migration.toll import Toll
 from mell_ray.migration.transports.base import (
     OBJECTS,
+    Buffer,
     Parcel,
     Ticket,
     Transport,
     TransportName,
 )
+from mell_ray.migration.transports.berths import Berth, Memory
 from mell_ray.migration.transports.cuda import cuda_transports
 from mell_ray.migration.transports.objects import ObjectTransport
 from mell_ray.migration.types import ChunkMeta, MigrationOrder, Received
@@ -58,6 +60,7 @@ class Mover:
         sources: Sources,
         spec: ReplicaSpec,
         block_nbytes: int,
+        memory: Memory,
     ) -> None:
         self._call = call
         self._source = source
@@ -73,12 +76,17 @@ class Mover:
         self.rest_s = 0.0
         self._step_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.gpu_uuid = ""
-        self.transports: dict[TransportName, Transport] = {OBJECTS: ObjectTransport()}
+        self.transports: dict[TransportName, Transport] = {}
+        self.use(ObjectTransport(memory, self._buffer_bytes))
         if spec.device == "cuda":
             found, self.gpu_uuid = cuda_transports(
                 spec.migration.transports, spec.migration.chunk_bytes
             )
             self.transports |= found
+
+    def use(self, objects: ObjectTransport) -> None:
+        self.objects = objects
+        self.transports[OBJECTS] = objects
 
     def stepped(self, output: StepOutput) -> None:
         """In the engine thread, after each step."""
@@ -139,9 +147,15 @@ class Mover:
         )
 
     async def send(
-        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+        self,
+        migration_id: str,
+        first_block: int,
+        max_blocks: int,
+        transport: TransportName,
+        berth: Berth | None,
     ) -> tuple[ChunkMeta, Parcel]:
-        """Gather blocks that are complete and give them to the transport."""
+        """Gather blocks that are complete and give them to the transport. ``berth``: where the
+        target has memory for them, if it said so."""
         way = self.transports[transport]
 
         def look(engine: Engine) -> tuple[ChunkMeta, list[np.ndarray] | None, bool]:
@@ -159,7 +173,7 @@ class Mover:
         if lent is not None:
             # Read by Ray's own thread, beside the engine's; the pause keeps the share all the same.
             await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=busy and not order.urgent))
-            return meta, await way.send_blocks(order.dst, lent, LINK_TIMEOUT_S)
+            return meta, await self._send(way, order.dst, lent, berth)
         if way.on_device:
             tensor = await self.in_engine(
                 lambda engine: self._source.copy_on_device(
@@ -182,7 +196,14 @@ class Mover:
             return work
 
         await self._sliced(meta.num_blocks, gather, paced=busy and not order.urgent)
-        return meta, await way.send_blocks(order.dst, [buffer], LINK_TIMEOUT_S)
+        return meta, await self._send(way, order.dst, [buffer], berth)
+
+    async def _send(
+        self, way: Transport, peer: str, data: list[np.ndarray], berth: Berth | None
+    ) -> Parcel:
+        if berth is not None and way is self.objects:
+            return await self.objects.send_blocks(peer, data, LINK_TIMEOUT_S, berth)
+        return await way.send_blocks(peer, data, LINK_TIMEOUT_S)
 
     async def receive(
         self, migration_id: str, first_block: int, num_blocks: int, transport: TransportName
@@ -191,12 +212,24 @@ class Mover:
         order, busy = await self.in_engine(
             lambda engine: (self._target.order(migration_id), engine.has_work())
         )
-        meta, parcel = await self._sources.stage(
-            order, first_block, num_blocks, transport, LINK_TIMEOUT_S
-        )
-        if meta.num_blocks < num_blocks:
-            return Received(meta)
-        data = await self.transports[transport].recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
+        way = self.transports[transport]
+        nbytes = num_blocks * self._block_nbytes
+        landing = self.objects.berth(order.src, nbytes)
+        with landing if way is self.objects else nullcontext() as berth:
+            meta, parcel = await self._sources.stage(
+                order, first_block, num_blocks, transport, LINK_TIMEOUT_S, berth
+            )
+            if meta.num_blocks < num_blocks:
+                return Received(meta)
+            if berth is not None:
+                data = await self.objects.recv_blocks(order.src, parcel, LINK_TIMEOUT_S, berth)
+            else:
+                data = await way.recv_blocks(order.src, parcel, LINK_TIMEOUT_S)
+            paced = busy and not order.urgent
+            return Received(meta, await self._take_in(migration_id, first_block, data, paced))
+
+    async def _take_in(self, migration_id: str, first_block: int, data: Buffer, paced: bool) -> int:
+        """Write a chunk into the pool. Returns how far the request's KV reaches then."""
         pieces = data if isinstance(data, list) else [data]
         block_nbytes = self._block_nbytes
         stop_block = first_block + sum(len(piece) for piece in pieces) // block_nbytes
@@ -219,8 +252,8 @@ class Mover:
 
                 return work
 
-            progress = await self._sliced(count, scatter, paced=busy and not order.urgent)
-        return Received(meta, progress)
+            progress = await self._sliced(count, scatter, paced=paced)
+        return progress
 
     async def _sliced(
         self,

@@ -13,6 +13,7 @@ from mell_ray.errors import MigrationError
 from mell_ray.migration.faults import Faults, fault_point
 from mell_ray.migration.peers import PeerDied
 from mell_ray.migration.transports.base import Parcel, TransportError, TransportName
+from mell_ray.migration.transports.berths import Berth
 from mell_ray.migration.types import ChunkMeta, MigrationOrder
 from mell_ray.serving.ray_errors import unwrap
 
@@ -65,15 +66,17 @@ class Sources:
         max_blocks: int,
         transport: TransportName,
         timeout_s: float,
+        berth: Berth | None = None,
     ) -> tuple[ChunkMeta, Parcel]:
-        """Have blocks sent by ``transport``, and what it needs to receive them.
+        """Have blocks sent by ``transport``, and what it needs to receive them. ``berth``: memory
+        for them here.
 
         Raises:
             MellError: the source refused, is gone, or cannot be reached.
             TransportError: the transport failed there, or nothing came in time.
         """
         meta, parcel = self._actor(order.src).mig_stage.remote(
-            order.migration_id, first_block, max_blocks, transport
+            order.migration_id, first_block, max_blocks, transport, berth
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -42,6 +42,7 @@ from mell_ray.serving.mover import Mover
 from mell_ray.serving.outbox import Outbox
 from mell_ray.serving.peer_calls import Sources
 from mell_ray.serving.replica_migration import MigrationCalls, control
+from mell_ray.serving.shared_objects import RayMemory
 from mell_ray.serving.token_socket import token_listener
 from mell_ray.serving.versions import weights_hash
 from mell_ray.serving.wire import (
@@ -87,6 +88,7 @@ class GPUReplica(MigrationCalls):
             Sources(spec.namespace, self.faults),
             spec,
             self._engine.block_nbytes,
+            RayMemory(ray.get_runtime_context().get_node_id()),
         )
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id

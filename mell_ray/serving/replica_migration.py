@@ -16,6 +16,7 @@ from mell_ray.migration.faults import Faults, fault_point
 from mell_ray.migration.source import MigrationSource
 from mell_ray.migration.target import MigrationTarget
 from mell_ray.migration.transports.base import Parcel, Ticket, TransportName
+from mell_ray.migration.transports.berths import Berth
 from mell_ray.migration.types import (
     ChunkMeta,
     Committed,
@@ -94,9 +95,14 @@ class MigrationCalls(ABC):
     @fault_point("source.stage")
     @control_pair
     async def mig_stage(
-        self, migration_id: str, first_block: int, max_blocks: int, transport: TransportName
+        self,
+        migration_id: str,
+        first_block: int,
+        max_blocks: int,
+        transport: TransportName,
+        berth: Berth | None,
     ) -> tuple[ChunkMeta, Parcel]:
-        return await self._mover.send(migration_id, first_block, max_blocks, transport)
+        return await self._mover.send(migration_id, first_block, max_blocks, transport, berth)
 
     @fault_point("source.tokens")
     @control

@@ -62,7 +62,7 @@ async def stage(sources: Sources, timeout_s: float = 30.0) -> Any:
 async def test_blocks_and_what_they_are(cluster: dict[str, Actor]) -> None:
     cluster["a"] = Actor()
     assert await stage(Sources("here", Faults(None))) == (META, "blocks")
-    assert cluster["a"].asked == [("m", 0, 2, "objects")]
+    assert cluster["a"].asked == [("m", 0, 2, "objects", None)]
 
 
 @pytest.mark.parametrize("answers", [(None, None), (META, None)])
