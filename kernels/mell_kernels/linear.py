@@ -147,6 +147,10 @@ class Linear:
         """Whether a product of ``rows`` rows is compiled for that number and kept."""
         return self._packed is not None and not self._is_narrow(rows)
 
+    def suited_rows(self, rows: int) -> int:
+        """To how many rows an input of ``rows`` rows is to be filled up."""
+        return padded_rows(rows) if self.is_compiled(rows) else rows
+
     def _is_narrow(self, rows: int) -> bool:
         return self._narrow is not None and rows <= NARROW_UP_TO_ROWS
 

@@ -23,7 +23,7 @@ from mell_ray.engine.memory import gpu_capacity, graph_sizes
 from mell_ray.engine.model import LoadedModel, PagedKV
 from mell_ray.engine.planner import Planner
 from mell_ray.engine.residents import Residents
-from mell_ray.engine.sampler import Draw, Sampled
+from mell_ray.engine.sampler import Draw, Sampled, chosen, wants_likeliest
 from mell_ray.engine.sampler import start as start_draw
 from mell_ray.engine.sequence import Sequence, finish_reason
 from mell_ray.engine.transfer import to_device
@@ -187,8 +187,11 @@ class Engine(Residents):
         constrained = [seq for seq in batch.sampled if seq.constraint is not None]
         for seq in constrained:
             seq.constraint.begin(seq.state.output_token_ids)
-        logits = self._forward(batch)
         seqs = batch.sampled
+        if wants_likeliest(seqs):
+            tokens = self._forward(batch, likeliest=True)
+            return seqs, chosen(tokens, seqs) if seqs else None
+        logits = self._forward(batch)
         if constrained:
             late = wait_for_masks(constrained, alone=len(constrained) == num_seqs)
             rows = [i for i, seq in enumerate(seqs) if seq not in late]
@@ -196,13 +199,16 @@ class Engine(Residents):
             logits = logits[to_device(torch.tensor(rows, dtype=torch.int64), logits.device)]
         return seqs, start_draw(logits, seqs, self.eos_token_ids) if seqs else None
 
-    def _forward(self, batch: RaggedBatch) -> torch.Tensor:
+    def _forward(self, batch: RaggedBatch, likeliest: bool = False) -> torch.Tensor:
+        """Logits, or what ``ops.likeliest`` says of them."""
         logits = None if self._graphs is None else self._graphs.run(batch)
         if logits is not None:
-            return logits
+            return ops.likeliest(logits) if likeliest else logits
         ops.prepare(self._kv.cache, batch.attention, self._workspace)
         context = PagedKV(self._kv.cache, batch.attention)
-        return self._model.forward(batch.input_ids, batch.position_ids, batch.logits_rows, context)
+        return self._model.forward(
+            batch.input_ids, batch.position_ids, batch.logits_rows, context, likeliest
+        )
 
     def _accept(self, seq: Sequence, result: Sampled) -> TokenDelta:
         if result.error is not None:

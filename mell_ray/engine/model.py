@@ -142,12 +142,17 @@ class LoadedModel:
         position_ids: torch.Tensor,
         logits_rows: torch.Tensor,
         batch: Any,
+        likeliest: bool = False,
     ) -> torch.Tensor:
         """Logits ``[len(logits_rows), vocab_size]`` of a ragged batch ``[1, T]``: fp32, or as a
-        fused model computes them, which to convert costs as much as to choose from."""
+        fused model computes them, which to convert costs as much as to choose from. With
+        ``likeliest``, what ``ops.likeliest`` says of them, which may need only a few of them.
+
+        ``logits_rows`` rise.
+        """
         if self.fused is not None:
             end = batch.max_seqlen_k
-            return self.fused(input_ids[0], position_ids[0], logits_rows, end, batch)
+            return self.fused(input_ids[0], position_ids[0], logits_rows, end, batch, likeliest)
         output = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -156,7 +161,8 @@ class LoadedModel:
             logits_to_keep=logits_rows,
             batch=batch,
         )
-        return output.logits[0].float()
+        logits = output.logits[0].float()
+        return ops.likeliest(logits) if likeliest else logits
 
 
 def load_model(

@@ -83,9 +83,9 @@ def start(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> D
         logits: ``[R, V]`` of a floating type; may be overwritten.
         eos: token ids that end a sequence unless it ignores them.
     """
+    if wants_likeliest(seqs):
+        return chosen(ops.likeliest(logits), seqs)
     params = [seq.state.sampling for seq in seqs]
-    if all(_plainly_greedy(seq, p) for seq, p in zip(seqs, params, strict=True)):
-        return Draw(ops.likeliest(logits), None, params, {})
     logits = logits.float()
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     raw = None
@@ -99,8 +99,17 @@ def start(logits: torch.Tensor, seqs: list[Sequence], eos: tuple[int, ...]) -> D
     return Draw(ops.sample(logits, _rows(seqs, logits.device)), raw, params, failed)
 
 
+def chosen(tokens: torch.Tensor, seqs: list[Sequence]) -> Draw:
+    """The draw whose result is ``tokens``, as ``ops.likeliest`` gives them."""
+    return Draw(tokens, None, [seq.state.sampling for seq in seqs], {})
+
+
+def wants_likeliest(seqs: list[Sequence]) -> bool:
+    """Whether the largest of the raw logits is all that any of them wants."""
+    return all(_plainly_greedy(seq, seq.state.sampling) for seq in seqs)
+
+
 def _plainly_greedy(seq: Sequence, p: SamplingParams) -> bool:
-    """Whether the largest of the raw logits is all that is wanted."""
     return (
         p.temperature == 0
         and p.logprobs is None

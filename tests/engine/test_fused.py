@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from mell_kernels import linear as kernels
-from mell_kernels import narrow
+from mell_kernels import narrow, screen
 from mell_kernels.linear import Bound, Linear, add_narrow, can_pack, padded_rows
 
 from mell_ray.engine import Engine, fused, load_model
@@ -74,6 +74,59 @@ def test_same_tokens_as_transformers(name: str) -> None:
         subject.add(request(f"r{i}", prompt, 20, arrival_s=i))
     client = drain(subject)
     assert [client.tokens[f"r{i}"] for i in range(4)] == expected
+
+
+needs_screen = pytest.mark.skipif(
+    not screen.is_possible(torch.empty(1 << 11, 1 << 11)), reason="needs AVX512-VNNI"
+)
+
+
+@needs_screen
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_likeliest_token_without_most_logits(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: torch.dtype
+) -> None:
+    """The same tokens, alone and beside a request that wants other logits; also from an image. In
+    bfloat16 only the first is as certain as its logits differ."""
+    length = 6 if dtype == torch.float32 else 1
+    made = {**TINY, "vocab_size": 4000, "tie_word_embeddings": tied}
+    model = build(hf.LlamaConfig(**made)).to(dtype)
+    expected = [generate(model.double(), prompt, length) for prompt in prompts(3, seed=2)]
+    model.to(dtype)
+    monkeypatch.setattr(screen, "_SMALLEST", 1)
+    monkeypatch.setattr(fused, "COPY_AFTER_S", 0.0)
+    loaded = load_model(model, small_config())
+    found = WeightImage.of(loaded, "mell-weights-screen", 1 << 30).load()
+    told: list[int] = []
+
+    def noted(self: screen.Screen, x: torch.Tensor) -> torch.Tensor | None:
+        ids = likeliest(self, x)
+        told.append(0 if ids is None else len(ids))
+        return ids
+
+    likeliest = screen.Screen.likeliest
+    monkeypatch.setattr(screen.Screen, "likeliest", noted)
+    for each in (loaded, found):
+        wait_for(lambda each=each: each.fused._screen is not None)
+        for other in (False, True):
+            subject = Engine(each, small_config())
+            for i, prompt in enumerate(prompts(3, seed=2)):
+                subject.add(request(f"r{i}", prompt, length, arrival_s=i))
+            if other:
+                subject.add(request("other", prompts(1, seed=9)[0], 1, temperature=1.0))
+            told.clear()
+            client = drain(subject)
+            assert [client.tokens[f"r{i}"] for i in range(3)] == expected
+            assert sum(told) == 3 * length or other
+
+
+def test_without_memory_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_SMALLEST", 1)
+    monkeypatch.setattr(fused, "free_bytes", lambda: 0)
+    loaded = load_model(build(hf.LlamaConfig(**TINY)), small_config())
+    assert loaded.fused is not None
+    assert loaded.fused._screen is None
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "qwen3", "granite"])

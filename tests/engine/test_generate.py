@@ -231,7 +231,7 @@ def test_a_failing_forward_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> 
     client = Client()
     step([subject], client)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
