@@ -93,7 +93,8 @@ class EngineConfig(_Strict):
         ge=0,
         le=1,
         description="Share of the host's free memory that a CPU replica may take for faster "
-        "layouts of bfloat16 weights, up to two, each as large as the weights. 0: none.",
+        "layouts of its weights: up to two of bfloat16 ones, each as large as they are, and an "
+        "int8 one of the matrix that gives the logits, beside which it is kept plain. 0: none.",
     )
     dense_kv_share: float = Field(
         default=1.0,
