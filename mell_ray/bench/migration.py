@@ -231,6 +231,7 @@ class _Bench:
         cost = CostModel(
             CostConfig(bytes_per_token=info.block_nbytes // info.block_size), tokens_per_unit=1
         )
+        cost.set_attention(info.attention_doubles_at)
         gpus = [
             cast(Gpu, SimpleNamespace(id=replica.replica_id, node="here"))
             for replica in self._rig.replicas

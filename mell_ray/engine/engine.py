@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from typing import Any
 
 import torch
 from mell_kernels import ops
@@ -75,6 +76,7 @@ class Engine(Residents):
             grammars=grammars,
         )
         self._model = model
+        self.model_config: dict[str, Any] = model.model.config.to_dict()
         longest = min(self.max_model_len, self.capacity_blocks * self.block_size)
         max_blocks = -(-longest // self.block_size) + 1
         self._builder = BatchBuilder(config.max_num_seqs, max_blocks, self.block_size, target)

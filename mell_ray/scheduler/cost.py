@@ -1,7 +1,8 @@
 """What a migration costs: by KV transfer, by tokens (prefill at the target), or both at once.
 
 * KV: what any such move takes + bytes / the link's bandwidth.
-* Token: the same + tokens not in the target's prefix cache / its prefill rate at present load.
+* Token: the same + tokens not in the target's prefix cache / its prefill rate at present load. A
+  token late in a long prompt takes longer, as it attends to all before it.
 * Hybrid: the split at which both finish together: with rates k and p (tokens a second) a share
   k/(k + p) of what is left goes as KV, after the latency. It has to be clearly better than either
   to be chosen, since both ways have to be as fast as estimated.
@@ -12,6 +13,7 @@ one later moves them by a bounded factor.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -74,6 +76,7 @@ class CostModel:
     def __init__(self, config: CostConfig, tokens_per_unit: int, forced: str = "auto") -> None:
         self._config = config
         self._bytes_per_token = config.bytes_per_token
+        self._doubles_at = math.inf
         self._unit = tokens_per_unit
         self._forced = forced
         self._links: dict[tuple[str, str], _Rate] = {}
@@ -87,12 +90,18 @@ class CostModel:
         """What a token of this model really weighs."""
         self._bytes_per_token = per_token
 
+    def set_attention(self, doubles_at: float) -> None:
+        """How many tokens must lie before one for it to take twice as long to prefill as the
+        first; infinite: all take the same."""
+        self._doubles_at = doubles_at
+
     def bandwidth(self, src: Gpu, dst: Gpu) -> float:
         """Bytes a second between the two GPUs' nodes."""
         return self._links.get((src.node, dst.node), self._any_link).value
 
     def prefill_rate(self, gpu: Gpu) -> float:
-        """Tokens a second at which ``gpu`` prefills, at the load it has had lately."""
+        """Tokens a second at which ``gpu`` prefills where few lie before them, at the load it has
+        had lately."""
         return self._prefill.get(gpu.id, self._any_prefill).value
 
     def estimates(self, src: Gpu, dst: Gpu, tokens: int, cached: int = 0) -> list[Estimate]:
@@ -100,7 +109,7 @@ class CostModel:
         config = self._config
         left = max(0, tokens - cached)
         kv_rate = self.bandwidth(src, dst) / self._bytes_per_token
-        prefill_rate = self.prefill_rate(dst)
+        prefill_rate = self.prefill_rate(dst) / self._slower(cached, left)
         latency = self._kv_overhead.value
         found = [
             Estimate("kv", latency + left / kv_rate, left),
@@ -144,8 +153,13 @@ class CostModel:
             busy = _apart(done, self._token_overhead)
             if done.tokens > 0 and busy > 0.0:
                 rate = self._prefill.setdefault(dst.id, _Rate(self._any_prefill.value))
-                rate.observe(done.tokens / busy)
-                self._any_prefill.observe(done.tokens / busy)
+                found = done.tokens / busy * self._slower(done.cached_tokens, done.tokens)
+                rate.observe(found)
+                self._any_prefill.observe(found)
+
+    def _slower(self, cached: int, tokens: int) -> float:
+        """How many times as long ``tokens`` take behind ``cached`` ones as without any before."""
+        return 1.0 + (cached + 0.5 * tokens) / self._doubles_at
 
     def forget(self, gpu: Gpu) -> None:
         """The GPU is gone."""

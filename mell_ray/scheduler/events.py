@@ -7,6 +7,7 @@ a float of seconds from any origin, passed beside the event; the scheduler never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,8 @@ class GpuReady:
     node: str = ""
     max_requests: int = 1 << 30
     kv_bytes_per_token: int | None = None  # None: as configured
+    # How many tokens must lie before one for it to take twice as long to prefill as the first.
+    attention_doubles_at: float = math.inf
     woken: bool = False  # it slept before
     took_s: float | None = None  # from when it had its place; None: from when it was asked for
 
@@ -150,6 +153,7 @@ class MigrationDone:
     bytes: int
     seconds: float
     copy_seconds: float = 0.0  # of these, what grew with the request's size; 0: not measured
+    cached_tokens: int = 0  # leading tokens that were at the target before, not among ``tokens``
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,6 +306,7 @@ class Scheduler:
             gpu.steps = StepTimeModel(tpot_limit_s, self.config.tokens_per_unit)
         if event.kv_bytes_per_token is not None:
             ledger.cost.set_kv_bytes(event.kv_bytes_per_token)
+        ledger.cost.set_attention(event.attention_doubles_at)
         ledger.fleet.arrived(self._now, event.gpu, event.woken, event.took_s)
         ledger.pool.add(gpu)
         ledger.fit(self._now, self._out)

@@ -102,6 +102,7 @@ class Moves:
                 result.bytes - result.tail_bytes,  # what ``copy_s`` was spent on
                 result.seconds,
                 result.copy_s,
+                result.cached_tokens,
             )
         )
 

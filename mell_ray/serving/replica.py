@@ -55,6 +55,7 @@ from mell_ray.serving.wire import (
     StreamItem,
     encode_delta,
 )
+from mell_ray.simulation.modelspec import attention_doubles_at
 
 if TYPE_CHECKING:
     # Whoever looks up the actor imports this module, and torch takes seconds.
@@ -254,6 +255,7 @@ class GPUReplica(MigrationCalls):
             asleep=engine.asleep,
             lends=spec.slot is not None,
             transports=tuple(self._mover.transports),
+            attention_doubles_at=attention_doubles_at(engine.model_config),
         )
 
     @control

@@ -235,6 +235,7 @@ class Watch:
                 node=info.node_id,
                 max_requests=min(info.max_num_seqs, limit or info.max_num_seqs),
                 kv_bytes_per_token=info.block_nbytes // info.block_size,
+                attention_doubles_at=info.attention_doubles_at,
                 woken=woken,
                 took_s=took_s,
             )

@@ -7,6 +7,7 @@ tuples, because pickling a tuple costs a fraction of pickling a dataclass.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,6 +148,7 @@ class ReplicaInfo:
     asleep: bool = False
     lends: bool = False  # its slot is held apart from it, so that it can be lent
     transports: tuple[TransportName, ...] = (OBJECTS,)  # by which blocks can reach it
+    attention_doubles_at: float = math.inf  # see ``GpuReady``
 
     def endpoint(self) -> Endpoint:
         """Where it is, for the choice of a transport."""

@@ -10,6 +10,7 @@ usually within 2 % of the truth.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,30 @@ def spec_from_config(
     )
 
 
+def attention_doubles_at(config: Mapping[str, Any]) -> float:
+    """How many tokens must lie before one for attention over them to be as much arithmetic as
+    everything else the token goes through; the output matrix, which few tokens of a prompt see, not
+    counted. Infinite where every layer looks back over a fixed span, or the config says too little
+    for an estimate."""
+    try:
+        text = _text_config(config, "")
+        fixed, windowed = _fixed_and_windowed_layers(text)
+        per_token = text["num_attention_heads"] * _dims_per_head(text)
+        _, active = _count_params(text)
+    except (ConfigError, KeyError, TypeError):
+        return math.inf
+    far = (text["num_hidden_layers"] - fixed - windowed) * per_token
+    elsewhere = active - (text.get("vocab_size") or 0) * text["hidden_size"]
+    return elsewhere / far if far else math.inf
+
+
+def _dims_per_head(text: Mapping[str, Any]) -> int:
+    """Of a query and of a value together."""
+    if not text.get("kv_lora_rank"):
+        return 2 * _head_dim(text)
+    return int(text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"])
+
+
 def _text_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The language model's part, under the usual key names, completed with its class's defaults."""
     nested = config.get("text_config")
@@ -225,24 +250,28 @@ def _kv_values(text: Mapping[str, Any], notes: list[str]) -> tuple[int, int]:
 def _attention_layers(text: Mapping[str, Any], notes: list[str]) -> int:
     """Layers that keep KV for every token; says so where some keep less."""
     layers: int = text["num_hidden_layers"]
-    kinds = text.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == layers:
-        linear = sum("linear" in kind or "mamba" in kind or "conv" in kind for kind in kinds)
-        sliding = sum("sliding" in kind or "chunked" in kind for kind in kinds)
-        if linear:
-            notes.append(
-                f"{linear} of {layers} layers have a fixed-size state: not counted per token"
-            )
+    linear, sliding = _fixed_and_windowed_layers(text)
+    if linear:
+        notes.append(f"{linear} of {layers} layers have a fixed-size state: not counted per token")
         layers -= linear
-    else:
-        windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
-        sliding = layers if windowed else 0
     if sliding:
         notes.append(
             f"{sliding} of {layers} attention layers have a sliding window: KV per token is an "
             "upper bound for long requests"
         )
     return layers
+
+
+def _fixed_and_windowed_layers(text: Mapping[str, Any]) -> tuple[int, int]:
+    """(layers with a state of fixed size, layers with a sliding window)."""
+    layers, kinds = text["num_hidden_layers"], text.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == layers:
+        return (
+            sum("linear" in kind or "mamba" in kind or "conv" in kind for kind in kinds),
+            sum("sliding" in kind or "chunked" in kind for kind in kinds),
+        )
+    windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
+    return 0, layers if windowed else 0
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:

@@ -129,3 +129,28 @@ def test_a_gpu_that_is_gone_is_forgotten() -> None:
     assert cost.prefill_rate(DST) == pytest.approx(500, rel=0.05)
     cost.forget(DST)
     assert cost.prefill_rate(DST) > 1000
+
+
+def test_long_prompts_take_longer_per_token() -> None:
+    cost = model(prefill_tokens_per_s=1000.0)
+    cost.set_attention(1000)
+    token = {n: seconds(cost, n) for n in (1000, 4000)}
+    assert token[4000] == pytest.approx(4.0 * (1 + 2) + 0.002, rel=1e-3)
+    assert token[1000] == pytest.approx(1.0 * (1 + 0.5) + 0.002, rel=1e-3)
+    # What lies at the target already need not be computed, but is attended to.
+    assert seconds(cost, 4000, cached=2000) == pytest.approx(2.0 * (1 + 3) + 0.002, rel=1e-3)
+
+
+def test_the_rate_of_one_length_is_learnt_from_another() -> None:
+    cost = model()
+    cost.set_attention(1000)
+    cost.observe(SRC, DST, prefilled(500, 0.625, copy_s=0.625))
+    assert seconds(cost, 3000) == pytest.approx(3.0 * (1 + 1.5), rel=0.01)
+    behind = MigrationDone("r", SRC.id, DST.id, "token", 1000, 0, 3.5, 3.5, cached_tokens=2000)
+    cost.observe(SRC, DST, behind)  # the same rate again
+    assert seconds(cost, 3000) == pytest.approx(3.0 * (1 + 1.5), rel=0.01)
+
+
+def seconds(cost: CostModel, tokens: int, cached: int = 0) -> float:
+    [found] = [e for e in cost.estimates(SRC, DST, tokens, cached) if e.mode == "token"]
+    return found.seconds

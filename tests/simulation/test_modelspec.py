@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mell_ray.errors import ConfigError
-from mell_ray.simulation.modelspec import model_spec, spec_from_config
+from mell_ray.simulation.modelspec import attention_doubles_at, model_spec, spec_from_config
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -174,3 +175,23 @@ def test_errors_name_the_source_and_the_key(
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     with pytest.raises(ConfigError, match=r"--model acme/none: neither a local path nor.*connect"):
         model_spec("acme/none")
+
+
+def test_where_attention_costs_as_much_as_the_rest() -> None:
+    hidden, inner, layers = 512, 1408, 8
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    }
+    matrices = 3 * hidden * hidden + 3 * hidden * inner  # q, o, and k and v of half the heads each
+    at = matrices / (2 * hidden)  # scores and sums, over one token
+    assert attention_doubles_at(config) == pytest.approx(at, rel=0.01)
+    half = ["full_attention", "sliding_attention"] * 4
+    assert attention_doubles_at({**config, "layer_types": half}) == pytest.approx(2 * at, rel=0.01)
+    assert attention_doubles_at({**config, "sliding_window": 128}) == math.inf
+    assert attention_doubles_at({"model_type": "no-such-model"}) == math.inf
