@@ -245,7 +245,7 @@ class MigrationConfig(_Strict):
         description="Share of step time that copying blocks may take while others decode.",
     )
     slowdown: float = Field(
-        default=0.03,
+        default=0.02,
         gt=0,
         le=1,
         description="By how much moves that can wait may slow the other requests of a replica "

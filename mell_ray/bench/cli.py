@@ -125,7 +125,7 @@ def migration(
     """What live migration costs: stalls, other requests, transport, choice of a mode.
 
     Starts Ray and two CPU replicas of a random model of 50 million parameters on this machine;
-    takes about eight minutes. Run it on an otherwise idle machine.
+    takes about ten minutes. Run it on an otherwise idle machine.
     """
     from mell_ray.bench.migration import PARTS, MigrationBenchOptions, measure
 

@@ -60,7 +60,7 @@ class MigrationBenchOptions:
     parts: tuple[str, ...] = PARTS
     kv_moves: int = 51
     token_moves: int = 24
-    windows: int = 8
+    windows: int = 12
     window_s: float = 4.0
     transfers: int = 15
     grid_contexts: tuple[int, ...] = (256, 1024, 3072)
