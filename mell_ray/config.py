@@ -105,6 +105,13 @@ class EngineConfig(_Strict):
         "KV pool; at most a quarter of the host's free memory. 0: none.",
     )
     revision: str | None = Field(default=None, description="Hub revision of the model.")
+    generation_config: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="Where a request leaves out temperature, top_p, top_k, min_p, "
+        "repetition_penalty or max_tokens: 'auto': what the model's generation_config.json says "
+        "counts (for max_tokens its max_new_tokens), as with vLLM and transformers; 'vllm': "
+        "OpenAI's defaults count.",
+    )
 
     @model_validator(mode="after")
     def _budget_fits_decodes(self) -> EngineConfig:
@@ -313,7 +320,10 @@ class IngressConfig(_Strict):
         default=20.0, ge=0, description="How long a stopping ingress lets its streams go on."
     )
     default_max_tokens: int = Field(
-        default=256, ge=1, description="Output limit of a request that names none."
+        default=256,
+        ge=1,
+        description="Output limit of a request that names none, where its model's "
+        "generation_config.json names none either.",
     )
     max_body_bytes: int = Field(
         default=16 << 20, ge=1, description="A longer request body is answered 413."

@@ -18,6 +18,7 @@ from transformers.utils import is_accelerate_available
 
 from mell_ray.config import BUILTIN_SOURCE, EngineConfig
 from mell_ray.engine.families import CONFIG_ERRORS, check_config, first_line
+from mell_ray.engine.generation_file import end_tokens
 from mell_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def load_weights(source: str, config: EngineConfig, device: torch.device) -> Pre
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=hf_config,
+            generation_config=end_tokens(str(path), config.revision),
             dtype=_dtype(config, device),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below

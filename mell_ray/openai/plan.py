@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
@@ -19,12 +19,15 @@ from mell_ray.openai.protocol import (
     GenerationRequest,
     Prompt,
 )
+from mell_ray.openai.sampling import OPENAI_DEFAULTS, SamplingDefaults
 from mell_ray.openai.structured import response_grammar
 from mell_ray.openai.text import TextStream
 from mell_ray.openai.tokenizer import Tokenizer
 from mell_ray.openai.tool_calls import ToolCallParser
 from mell_ray.openai.tool_formats import ToolFormat
 from mell_ray.openai.tool_plan import ToolPlan, plan_tools
+
+Value = TypeVar("Value")
 
 _SEED_MASK = 2**63 - 1
 # A template is a program that was written for the messages its author thought of.
@@ -72,6 +75,7 @@ class _Limits:
     max_model_len: int
     default_max_tokens: int
     vocab_size: int
+    sampling: SamplingDefaults
 
 
 def plan_chat(
@@ -81,17 +85,20 @@ def plan_chat(
     max_model_len: int,
     default_max_tokens: int,
     request_seed: int,
+    sampling: SamplingDefaults = OPENAI_DEFAULTS,
     tool_format: ToolFormat | None = None,
 ) -> list[Generation]:
     """One generation per choice of a chat request.
 
     :param tool_format: how the model writes tool calls; None: it cannot.
     :param max_model_len: prompt and output tokens together are at most that many.
-    :param default_max_tokens: output limit where the client names none and there is room.
+    :param default_max_tokens: output limit where neither the client nor the model names one and
+        there is room.
     :param request_seed: seed where the client names none.
+    :param sampling: what counts where the client says nothing.
     :raises InvalidRequestError: the messages cannot be rendered or do not fit.
     """
-    limits = _Limits(max_model_len, default_max_tokens, len(tokenizer))
+    limits = _Limits(max_model_len, default_max_tokens, len(tokenizer), sampling)
     tools = plan_tools(request, tokenizer, tool_format)
     prompt = tokenizer.encode(_render(request, tokenizer), add_special_tokens=False)
     if not prompt:
@@ -112,9 +119,10 @@ def plan_completion(
     max_model_len: int,
     default_max_tokens: int,
     request_seed: int,
+    sampling: SamplingDefaults = OPENAI_DEFAULTS,
 ) -> list[Generation]:
     """One generation per prompt and choice, prompts first; see ``plan_chat``."""
-    limits = _Limits(max_model_len, default_max_tokens, len(tokenizer))
+    limits = _Limits(max_model_len, default_max_tokens, len(tokenizer), sampling)
     prompts = [_tokens(prompt, tokenizer, limits.vocab_size) for prompt in request.prompt]
     echoes = [_echo(prompt, tokenizer) if request.echo else "" for prompt in request.prompt]
     return _generations(request, prompts, echoes, "prompt", limits, request_seed)
@@ -237,7 +245,9 @@ def _generations(
         generations.append(
             Generation(
                 prompt_token_ids=prompts[prompt_index],
-                sampling=_sampling(request, max_tokens[prompt_index], seed, grammar),
+                sampling=_sampling(
+                    request, limits.sampling, max_tokens[prompt_index], seed, grammar
+                ),
                 stop=request.stop,
                 prompt_index=prompt_index,
                 choice_index=index,
@@ -276,7 +286,8 @@ def _max_tokens(request: GenerationRequest, prompt_tokens: int, param: str, limi
             code="context_length_exceeded",
         )
     if wanted is None:
-        return min(max(limits.default_max_tokens, request.min_tokens), room)
+        usual = _given(limits.sampling.max_tokens, limits.default_max_tokens)
+        return min(max(usual, request.min_tokens), room)
     if request.min_tokens > wanted:
         raise InvalidRequestError(
             f"'min_tokens' ({request.min_tokens}) exceeds '{name}' ({wanted})", param="min_tokens"
@@ -285,18 +296,22 @@ def _max_tokens(request: GenerationRequest, prompt_tokens: int, param: str, limi
 
 
 def _sampling(
-    request: GenerationRequest, max_tokens: int, seed: int, grammar: str | None
+    request: GenerationRequest,
+    defaults: SamplingDefaults,
+    max_tokens: int,
+    seed: int,
+    grammar: str | None,
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=max(request.top_k, 0),
-        min_p=request.min_p,
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=max(_given(request.top_k, defaults.top_k), 0),
+        min_p=_given(request.min_p, defaults.min_p),
         seed=seed,
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
-        repetition_penalty=request.repetition_penalty,
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
         logit_bias=tuple(sorted(request.logit_bias.items())),
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
@@ -304,3 +319,7 @@ def _sampling(
         logprobs=request.num_logprobs,
         grammar=grammar,
     )
+
+
+def _given(asked: Value | None, default: Value) -> Value:
+    return default if asked is None else asked

@@ -34,12 +34,10 @@ from mell_ray.openai.limits import (
     MAX_MESSAGES,
     MAX_N,
     MAX_PENALTY,
-    MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
-    MAX_TEMPERATURE,
     MIN_SEED,
 )
 from mell_ray.openai.messages import Message
@@ -52,6 +50,14 @@ from mell_ray.openai.options import (
     check_distinct,
     check_tool_choice,
     check_tools,
+)
+from mell_ray.openai.sampling import (
+    MaxTokens,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
 )
 
 Prompt = str | tuple[int, ...]
@@ -177,21 +183,22 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body, ABC):
-    """What both endpoints share. Fields beyond OpenAI's have vLLM's names and meanings."""
+    """What both endpoints share. Fields beyond OpenAI's have vLLM's names and meanings. How tokens
+    are drawn is None where the client leaves it to the model's ``SamplingDefaults``."""
 
     model: Annotated[str, BeforeValidator(_name)]
     n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] = 1
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_INT32)] | None = None
+    max_tokens: MaxTokens | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_INT32)] = 0
-    temperature: Annotated[StrictFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 1.0
-    top_p: Annotated[StrictFloat, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_INT32)] = 0
-    min_p: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     seed: Annotated[StrictInt, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
     frequency_penalty: Annotated[StrictFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     presence_penalty: Annotated[StrictFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
-    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=MAX_REPETITION_PENALTY)] = 1.0
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = Field(
         default_factory=dict
     )
@@ -241,7 +248,7 @@ class ChatCompletionRequest(GenerationRequest):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED_CHAT
 
     messages: Annotated[list[Message], BeforeValidator(_messages)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_INT32)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] = 0
     tools: Annotated[list[Tool], BeforeValidator(check_tools), AfterValidator(check_distinct)] = (

@@ -33,7 +33,12 @@ from mell_ray.serving.guard import SHARE, Guard, GuardMiddleware
 from mell_ray.serving.heap import keep_trimmed
 from mell_ray.serving.http_body import flag, json_body, json_object, refuse_unknown
 from mell_ray.serving.logs import configure_logging
-from mell_ray.serving.model_source import context_length, load_tokenizer, model_end_token_ids
+from mell_ray.serving.model_source import (
+    context_length,
+    load_tokenizer,
+    model_end_token_ids,
+    sampling_defaults,
+)
 from mell_ray.serving.openapi import Api, fields, generation, route
 from mell_ray.serving.page import HEADERS, PageData, status_page
 from mell_ray.serving.prefix import cacheable_block_size
@@ -312,6 +317,7 @@ def _served_model(llm: LLMConfig) -> ServedModel:
         int(time.time()),
         model_end_token_ids(llm),
         find_format(llm.tool_call_format, tokenizer),
+        sampling_defaults(llm),
     )
 
 

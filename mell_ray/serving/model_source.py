@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mell_ray.builtin import model_path
 from mell_ray.config import BUILTIN_SOURCE, LLMConfig
 from mell_ray.errors import ConfigError
+from mell_ray.openai.sampling import OPENAI_DEFAULTS, SamplingDefaults, model_defaults
 
 if TYPE_CHECKING:
     from mell_ray.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_S = 1.0
 
@@ -92,17 +96,35 @@ def context_length(llm: LLMConfig) -> int:
 
 def model_end_token_ids(llm: LLMConfig) -> tuple[int, ...]:
     """The tokens with which the engine ends an answer of this model."""
-    from transformers import GenerationConfig
-
     from mell_ray.engine.families import end_token_ids
+    from mell_ray.engine.generation_file import end_tokens
 
-    try:
-        generation = GenerationConfig.from_pretrained(
-            resolve_source(llm), revision=llm.engine_kwargs.revision
-        )
-    except OSError:  # it has none
-        generation = None
+    generation = end_tokens(resolve_source(llm), llm.engine_kwargs.revision)
     return end_token_ids(generation, _model_config(llm))
+
+
+def sampling_defaults(llm: LLMConfig) -> SamplingDefaults:
+    """What counts for this model where a request leaves it out; says in the log what the model
+    brings."""
+    from mell_ray.engine.generation_file import read_generation_file
+
+    if llm.engine_kwargs.generation_config == "vllm":
+        return OPENAI_DEFAULTS
+    file = read_generation_file(resolve_source(llm), llm.engine_kwargs.revision)
+    if file is None:
+        return OPENAI_DEFAULTS
+    defaults, wrong = model_defaults(file.values)
+    for name, problem in wrong.items():
+        logger.warning("model %s: %s of %s is left out: %s", llm.model_id, name, file.path, problem)
+    if defaults.named:
+        logger.info(
+            "model %s: where a request leaves them out, %s count, as in %s; "
+            "engine_kwargs.generation_config: vllm turns that off",
+            llm.model_id,
+            ", ".join(f"{name}={value}" for name, value in defaults.named.items()),
+            file.path,
+        )
+    return defaults
 
 
 def _model_config(llm: LLMConfig) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mell_ray.openai.plan import Generation, count_prompt_tokens
 from mell_ray.openai.protocol import ChatCompletionRequest, GenerationRequest
+from mell_ray.openai.sampling import OPENAI_DEFAULTS, SamplingDefaults
 from mell_ray.openai.tokenizer import Tokenizer
 from mell_ray.openai.tool_formats import ToolFormat
 from mell_ray.serving.runner import Job
@@ -23,6 +24,7 @@ class ServedModel:
     created: int
     end_token_ids: tuple[int, ...] = ()  # where an answer ends; no text, special tokens or not
     tool_format: ToolFormat | None = None  # None: it cannot call tools
+    sampling: SamplingDefaults = OPENAI_DEFAULTS  # where a request leaves them out
 
 
 @dataclass(frozen=True, slots=True)

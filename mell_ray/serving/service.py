@@ -145,10 +145,11 @@ class Service:
         return span, traceparent_of(span)
 
     def _plan(self, request: GenerationRequest, model: ServedModel) -> list[Generation]:
-        limits: dict[str, int] = {
+        limits: dict[str, Any] = {
             "max_model_len": model.max_model_len,
             "default_max_tokens": self._default_max_tokens,
             "request_seed": secrets.randbits(62),
+            "sampling": model.sampling,
         }
         if isinstance(request, ChatCompletionRequest):
             return plan_chat(request, model.tokenizer, **limits, tool_format=model.tool_format)

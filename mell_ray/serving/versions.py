@@ -9,7 +9,12 @@ from mell_ray.config import LLMConfig
 
 def config_hash(llm: LLMConfig) -> str:
     """Identifies what a replica was built from: same hash, interchangeable replicas."""
-    return _hash(llm.model_dump_json(include={"model_loading_config", "engine_kwargs"}))
+    return _hash(
+        llm.model_dump_json(
+            include={"model_loading_config", "engine_kwargs"},
+            exclude={"engine_kwargs": {"generation_config"}},  # read by the ingress alone
+        )
+    )
 
 
 def weights_hash(llm: LLMConfig) -> str:

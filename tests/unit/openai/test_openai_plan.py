@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mell_ray.engine.types import SamplingParams
@@ -14,6 +16,7 @@ from mell_ray.openai.plan import (
     plan_completion,
 )
 from mell_ray.openai.protocol import ChatCompletionRequest, CompletionRequest
+from mell_ray.openai.sampling import model_defaults
 from tests.unit.openai.conftest import make_byte_level, make_sentencepiece
 
 LIMITS = {"max_model_len": 64, "default_max_tokens": 16, "request_seed": 99}
@@ -93,6 +96,59 @@ def test_defaults(byte_level):
 
     assert generation.sampling == SamplingParams(max_tokens=16, seed=99)
     assert generation.stop == ()
+
+
+OF_MODEL = {
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "top_k": 20,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 30,
+}
+ASKED = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "max_tokens": 40,
+}
+
+
+def planned(tokenizer, **fields):
+    """With a model that has defaults of its own: the sampling of every choice."""
+    sampling, wrong = model_defaults({"do_sample": False, "eos_token_id": 2, **OF_MODEL})
+    assert not wrong
+    body = {"model": "m", "prompt": ["hi", "you"], "n": 2, **fields}
+    request = CompletionRequest.model_validate(body)
+    plans = plan_completion(request, tokenizer, **LIMITS, sampling=sampling)
+    return [replace(plan.sampling, seed=0) for plan in plans]
+
+
+def test_a_model_s_defaults_reach_every_choice(byte_level):
+    wanted = {name: value for name, value in OF_MODEL.items() if name != "max_new_tokens"}
+    assert planned(byte_level) == [SamplingParams(max_tokens=30, seed=0, **wanted)] * 4
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_request_names_wins_over_the_model(byte_level, name):
+    """Also a value that is OpenAI's default."""
+    changed = {"top_k": 0}.get(name, ASKED[name])
+    default = planned(byte_level)
+    assert planned(byte_level, **{name: ASKED[name]}) == [
+        replace(sampling, **{name: changed}) for sampling in default
+    ]
+    assert planned(byte_level, **{name: None}) == default
+
+
+def test_a_chat_s_newer_limit_wins_over_the_model(byte_level):
+    sampling, _ = model_defaults(OF_MODEL)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    for fields, wanted in (({}, 30), ({"max_completion_tokens": 40}, 40)):
+        request = ChatCompletionRequest.model_validate({**body, **fields})
+        [plan] = plan_chat(request, byte_level, **LIMITS, sampling=sampling)
+        assert plan.sampling.max_tokens == wanted
 
 
 @pytest.mark.parametrize(

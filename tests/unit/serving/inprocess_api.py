@@ -137,6 +137,7 @@ def make_api(patch: pytest.MonkeyPatch, args: dict[str, Any]) -> WithRequestId:
     router = Router(llm.model_id)
     ingress.guard = Guard(config.mell.auth, config.mell.ingress)
     ingress._router = router  # type: ignore[assignment]
+    ingress._default_model = llm.model_id
     ingress._page_data = PageData(router)  # type: ignore[arg-type]
     ingress._service = Service(
         [module._served_model(llm)],
