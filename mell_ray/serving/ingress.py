@@ -105,6 +105,7 @@ class Ingress:
         configure_logging(config.mell.log_level)
         keep_trimmed()
         self.guard = Guard(config.mell.auth, config.mell.ingress)
+        self.allowed_origins = config.mell.ingress.allowed_origins
         namespace = replica_namespace(config.mell, serve.get_replica_context().app_name)
         self._router = RouterClient(router)
         names = [llm.model_id for llm in config.llm_configs]

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from mell_ray.openai.body import CACHE_HINTS
 from mell_ray.openai.limits import MAX_INT32, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from mell_ray.openai.protocol import ChatCompletionRequest, CompletionRequest
+from mell_ray.serving.cross_origin import CrossOrigin
 
 Schema = dict[str, Any]
 
@@ -85,6 +87,10 @@ _FORMS: dict[str, Schema] = {
 
 class Api(FastAPI):
     """FastAPI whose document names the schemas below and no answer that never comes."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Middleware that is added goes inside of what answers unexpected errors; this must not."""
+        return CrossOrigin(super().build_middleware_stack())
 
     def openapi(self) -> Schema:
         if self.openapi_schema is None:

@@ -136,6 +136,7 @@ def make_api(patch: pytest.MonkeyPatch, args: dict[str, Any]) -> WithRequestId:
     ingress = module.Ingress.__new__(module.Ingress)
     router = Router(llm.model_id)
     ingress.guard = Guard(config.mell.auth, config.mell.ingress)
+    ingress.allowed_origins = config.mell.ingress.allowed_origins
     ingress._router = router  # type: ignore[assignment]
     ingress._default_model = llm.model_id
     ingress._page_data = PageData(router)  # type: ignore[arg-type]
