@@ -9,9 +9,10 @@ that name the key.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,14 +23,9 @@ from pydantic import (
 
 from mell_ray.config_errors import describe
 from mell_ray.errors import ConfigError
+from mell_ray.origins import check_origins
 
 BUILTIN_SOURCE = "builtin"
-
-_ORIGIN = re.compile(
-    r"(?P<bare>(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]))"
-    r"(:(?P<port>[0-9]{1,5}))?"
-)
-_USUAL_PORTS = {"http": 80, "https": 443}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -340,35 +336,13 @@ class IngressConfig(_Strict):
         description="Requests of one API key that an ingress replica runs at once; more are "
         "answered 429. Default: no limit.",
     )
-    allowed_origins: list[str] = Field(
+    allowed_origins: Annotated[list[str], AfterValidator(check_origins)] = Field(
         default_factory=list,
         description="Origins whose web pages may call and read the answers, as browsers write them "
         "('https://chat.example.com'), or '*' for all. Default: none, as any page that somebody "
         "opens could else use a server in their reach that asks for no key, and operate it. "
         "Cookies are never allowed; a page sends its key in the Authorization header.",
     )
-
-    @field_validator("allowed_origins")
-    @classmethod
-    def _as_browsers_send_them(cls, origins: list[str]) -> list[str]:
-        """What differs by a letter is never equal, and its page would wonder why."""
-        if "*" in origins and len(origins) > 1:
-            raise ValueError("'*' allows every origin; leave the others out")
-        for origin in origins:
-            match = _ORIGIN.fullmatch(origin)
-            if origin == "*":
-                continue
-            if match is None:
-                raise ValueError(
-                    f"{origin!r} is not an origin; write scheme://host or scheme://host:port, "
-                    "without a path, or only '*'"
-                )
-            sent = match["bare"].lower()
-            if match["port"] and int(match["port"]) != _USUAL_PORTS.get(match["scheme"].lower()):
-                sent += f":{match['port']}"
-            if sent != origin:
-                raise ValueError(f"browsers send {sent!r}, not {origin!r}")
-        return origins
 
 
 class KeySource(_Strict):

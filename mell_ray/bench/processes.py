@@ -15,6 +15,7 @@ _ROLES = {
     "Migrator": "migrator",
     "NullReplica": "replica",
     "GPUReplica": "replica",
+    "TimedReplica": "replica",
     "ProxyActor": "proxy",
     "HAProxyManager": "proxy",
     "haproxy": "haproxy",
