@@ -6,7 +6,6 @@ import time
 from typing import Literal
 
 import numpy as np
-import ray
 
 from mell_ray.migration.transports.base import Parcel
 from mell_ray.migration.transports.berths import Berth, Memory
@@ -49,8 +48,7 @@ class TimedReplica(GPUReplica):
     @control
     async def time_transport(self, keep: bool) -> None:
         if self._timed is None:
-            memory = RayMemory(ray.get_runtime_context().get_node_id())
-            self._timed = TimedObjects(memory, self._spec.migration.buffer_bytes)
+            self._timed = TimedObjects(RayMemory.here(), self._spec.migration.buffer_bytes)
             self._plain = self._mover.objects
             self._mover.use(self._timed)
         self._timed.keep = keep

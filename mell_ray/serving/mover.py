@@ -171,7 +171,7 @@ class Mover:
             return meta, []
         order = self._source.order(migration_id)
         if lent is not None:
-            # Read by Ray's own thread, beside the engine's; the pause keeps the share all the same.
+            # Read by other threads, beside the engine's; the pause keeps the share all the same.
             await asyncio.sleep(self._pacer.pause_for(meta.nbytes, busy=busy and not order.urgent))
             return meta, await self._send(way, order.dst, lent, berth)
         if way.on_device:

@@ -89,7 +89,7 @@ class GPUReplica(MigrationCalls):
             Sources(spec.namespace, self.faults),
             spec,
             self._engine.block_nbytes,
-            RayMemory(ray.get_runtime_context().get_node_id()),
+            RayMemory.here(),
         )
         self._outboxes: dict[str, Outbox] = {}
         self._ingress_of: dict[str, str] = {}  # request id -> ingress id

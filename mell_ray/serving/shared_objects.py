@@ -42,6 +42,11 @@ class RayMemory:
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
 
+    @classmethod
+    def here(cls) -> RayMemory:
+        """Of the node that this process runs on."""
+        return cls(ray.get_runtime_context().get_node_id())
+
     async def create(self, nbytes: int) -> tuple[ObjectTicket, np.ndarray] | None:
         if nbytes > LARGEST_SHARE * await asyncio.to_thread(self._store_bytes):
             return None

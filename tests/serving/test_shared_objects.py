@@ -18,15 +18,12 @@ CHUNKS = 5
 NBYTES = 4 << 20
 
 
-def transport(node_id: str) -> ObjectTransport:
-    return ObjectTransport(RayMemory(node_id), 64 << 20)
-
-
 class End:
     """A replica's transport in a process of its own. ``node_id``: "": where it runs."""
 
     def __init__(self, node_id: str = "") -> None:
-        self._transport = transport(node_id or ray.get_runtime_context().get_node_id())
+        memory = RayMemory(node_id) if node_id else RayMemory.here()
+        self._transport = ObjectTransport(memory, 64 << 20)
 
     async def send(self, seed: int, berth: Any) -> tuple[bool, Any]:
         data = np.random.default_rng(seed).integers(0, 256, NBYTES, np.uint8)

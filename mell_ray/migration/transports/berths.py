@@ -93,7 +93,7 @@ class Berths:
         self._memory = memory
         self._max_bytes = max_bytes
         self._area: _Area | None = None
-        self._lent: dict[int, tuple[_Area, Berth]] = {}
+        self._lent: dict[int, _Area] = {}  # by mark
         self._elsewhere: dict[str, None] = {}  # sources that cannot open it
         self._numbers = itertools.count(time.time_ns())  # never used by another process here
         self._making: asyncio.Task[None] | None = None
@@ -118,7 +118,7 @@ class Berths:
             next(self._numbers),
             None if peer in area.known else area.ticket,
         )
-        self._lent[berth.mark] = area, berth
+        self._lent[berth.mark] = area
         try:
             yield berth
         except BaseException:
@@ -137,7 +137,7 @@ class Berths:
         Raises:
             TransportError: the source wrote, but not here.
         """
-        area, _ = self._lent[berth.mark]
+        area = self._lent[berth.mark]
         if not isinstance(parcel, Landed):
             area.known.discard(peer)
             if berth.ticket is not None:
