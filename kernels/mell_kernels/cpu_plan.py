@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +91,8 @@ class WindowPlan(NamedTuple):
 
 
 class CpuPlan:
-    """What is the same in all layers of a step, computed once."""
+    """What is the same in all layers of a step, computed once: when it is first needed, as compiled
+    layers (``native``) need none of it."""
 
     def __init__(self, pool: torch.Tensor, meta: AttentionMetadata, workspace: Workspace) -> None:
         self.views = views = workspace.views(pool)
@@ -99,29 +100,45 @@ class CpuPlan:
         self._device = pool.device
         self._block_size = views.block_size
         self._block_stride = views.num_layers * views.planes  # rows from a block to the next
-        self._cu_seqlens = meta.cu_seqlens_q.tolist()
-        self._seq_lens = meta.seq_lens.tolist()
-        self._tables = meta.block_tables.cpu().numpy()
+        self._meta = meta
         self._windows: dict[int | None, WindowPlan] = {}
-        self.dense: list[Served] = []
-        self._dense_rows: set[int] = set()
-        if meta.owners is not None:
-            self._serve_dense(pool, meta.owners)
-        slots = meta.slot_mapping.cpu().numpy()
-        block, offset = np.divmod(slots, self._block_size)
-        first = block * (self._block_stride * self._block_size) + offset
-        self.write_rows = [
-            self._send(first + plane * self._block_size) for plane in range(views.planes)
-        ]
 
-    def _serve_dense(self, pool: torch.Tensor, owners: list[Hashable]) -> None:
+    @cached_property
+    def _cu_seqlens(self) -> list[int]:
+        return self._meta.cu_seqlens_q.tolist()
+
+    @cached_property
+    def _seq_lens(self) -> list[int]:
+        return self._meta.seq_lens.tolist()
+
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        return self._meta.block_tables.cpu().numpy()
+
+    @cached_property
+    def _dense(self) -> tuple[list[Served], set[int]]:
+        """Decodes served from dense copies, and their rows of the batch."""
+        if self._meta.owners is None:
+            return [], set()
         starts = self._cu_seqlens
         decodes = [
             Decode(owner, starts[i], self._seq_lens[i], self._tables[i])
-            for i, owner in enumerate(owners)
+            for i, owner in enumerate(self._meta.owners)
             if starts[i + 1] - starts[i] == 1
         ]
-        self.dense, self._dense_rows = self._workspace.dense.serve(pool, decodes)
+        return self._workspace.dense.serve(self.views.pool, decodes)
+
+    @property
+    def dense(self) -> list[Served]:
+        return self._dense[0]
+
+    @cached_property
+    def write_rows(self) -> list[torch.Tensor]:
+        """Of the layer's tokens, one for each of the batch: for each plane."""
+        block, offset = np.divmod(self._meta.slot_mapping.cpu().numpy(), self._block_size)
+        first = block * (self._block_stride * self._block_size) + offset
+        planes = range(self.views.planes)
+        return [self._send(first + plane * self._block_size) for plane in planes]
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -134,10 +151,9 @@ class CpuPlan:
 
     def _build(self, window: int | None) -> WindowPlan:
         # A copy is read from its beginning.
-        dense = self.dense
+        dense, rows = self._dense
         if window is not None and any(served.longest > window for served in dense):
-            dense = []
-        rows = self._dense_rows if dense else set()
+            dense, rows = [], set()
         left = [i for i in range(len(self._seq_lens)) if self._cu_seqlens[i] not in rows]
         grouped = self._grouped(left, window)
         alone = set(left).difference(*grouped)

@@ -28,7 +28,9 @@ from transformers import PreTrainedModel
 
 from mell_ray.engine.fused_block import Layer, Matrix, Norm, Rotary, with_rows
 from mell_ray.engine.host_memory import free_bytes
+from mell_ray.engine.native_decoder import NativeDecoder, can_be_native
 
+_FEW = 32  # tokens of a step that compiled code runs beside a matrix unit
 COPY_AFTER_S = 1.0  # after weights have been found: the first tokens come before
 # Decoders made of this block, by model_type, with the activation they have been checked with.
 # None of these makes anything larger than it was, which the bounds here rely on.
@@ -206,14 +208,41 @@ def _complete(reference: weakref.ref[FusedDecoder]) -> None:
             decoder._screen = made
 
 
-def fuse(model: PreTrainedModel, copies_share: float) -> FusedDecoder | None:
-    """A fused ``model``, or None if it is not on a CPU or not made of Llama's block; see
-    ``FusedDecoder``.
+class MixedDecoder:
+    """Steps of few tokens by compiled code; those of many by a CPU's matrix unit, which only
+    libraries use."""
+
+    def __init__(self, model: Any, copies_share: float) -> None:
+        self._few = NativeDecoder(model, keeps=True)
+        self._many = FusedDecoder(model, copies_share)
+
+    def __call__(self, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        """See ``FusedDecoder``."""
+        some = self._few if len(input_ids) <= _FEW else self._many
+        return some(input_ids, *args)
+
+    def compile_products(self, max_tokens: int, max_logits: int, limit_s: float) -> None:
+        self._many.compile_products(max_tokens, max_logits, limit_s)
+
+
+Decoder = FusedDecoder | NativeDecoder | MixedDecoder
+
+
+def fuse(model: PreTrainedModel, copies_share: float) -> Decoder | None:
+    """A fused ``model``, or None if it is not on a CPU or not made of Llama's block.
 
     ``model`` gives its matrices away and cannot run any more afterwards.
+
+    Args:
+        copies_share: see ``FusedDecoder``.
     """
     if model.device.type != "cpu" or not _is_llama_block(model):
         return None
+    if can_be_native(model):
+        if not torch.cpu.get_capabilities().get("amx_bf16"):
+            return NativeDecoder(model)
+        if sum(linear.weight.nbytes for linear in _linears(model)) <= copies_share * free_bytes():
+            return MixedDecoder(model, copies_share)
     return FusedDecoder(model, copies_share)
 
 

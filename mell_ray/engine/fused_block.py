@@ -16,7 +16,8 @@ class Norm:
     def __init__(self, module: Any) -> None:
         gemma = not hasattr(module, "variance_epsilon")
         self.weight = module.weight.float() + 1.0 if gemma else module.weight.float()
-        self._eps = self.weight.new_tensor(module.eps if gemma else module.variance_epsilon)
+        self.eps = float(module.eps if gemma else module.variance_epsilon)
+        self._eps = self.weight.new_tensor(self.eps)
         self._share = 1.0 / len(self.weight)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Layer:
         self._index = index
         self._head_dim = attention.head_dim
         self._scale = attention.scaling
-        self._window = _window(attention)
+        self._window = window_of(attention)
         self._rotates = getattr(attention, "use_rope", True)
         self._factor = float(getattr(module, "residual_multiplier", 1.0))
         self._activation = silu if config.hidden_act == "silu" else mlp.act_fn
@@ -155,7 +156,7 @@ def with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if len(x) == rows else pad(x, (0, 0, 0, rows - len(x)))
 
 
-def _window(attention: Any) -> int | None:
+def window_of(attention: Any) -> int | None:
     """Mistral and Phi-3 keep it in the config alone, Qwen per layer, Llama has none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
@@ -187,6 +188,9 @@ class Matrix(NamedTuple):
 
     def packed(self, bound: Bound | None, *, may_shrink: bool = False) -> Linear:
         linear = Linear(self.weight, self.bias, bound=bound, may_shrink=may_shrink)
+        self.give_up()
+        return linear
+
+    def give_up(self) -> None:
         for module in self.modules:
             module.weight = torch.nn.Parameter(self.weight.new_empty(0), requires_grad=False)
-        return linear

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
 from mell_ray.engine.families import check_config, context_length, end_token_ids
-from mell_ray.engine.fused import FusedDecoder, fuse
+from mell_ray.engine.fused import Decoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.engine.loading import load_weights
 
@@ -38,8 +38,8 @@ class PagedKV:
     """What attention needs in one forward: the pool and the batch's place in it."""
 
     def __init__(self, pool: torch.Tensor | Int8Pool, meta: AttentionMetadata) -> None:
-        self._pool = pool
-        self._meta = meta
+        self.pool = pool
+        self.meta = meta
         self.max_seqlen_k = meta.max_seqlen_k
         self.tap = mla.LatentTap() if pool.shape[2] == 1 else None
 
@@ -61,16 +61,16 @@ class PagedKV:
         Where D and DV differ, the narrower is padded with zeros: they change no score, and the
         columns that they add to the output are cut off.
         """
-        width = self._pool.shape[-1]
+        width = self.pool.shape[-1]
         out_width = width if value is None else value.shape[-1]
         query, key = _padded(query, width), _padded(key, width)
         value = None if value is None else _padded(value, width)
-        ops.write_kv(self._pool, layer, key, value, self._meta)
+        ops.write_kv(self.pool, layer, key, value, self.meta)
         output = ops.paged_attention(
             query,
-            self._pool,
+            self.pool,
             layer,
-            self._meta,
+            self.meta,
             scale=scale,
             window=window,
             softcap=softcap,
@@ -133,7 +133,7 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     num_parameters: int
-    fused: FusedDecoder | None = None  # runs in the model's place where there is one
+    fused: Decoder | None = None  # runs in the model's place where there is one
 
     @torch.inference_mode()
     def forward(
