@@ -15,7 +15,12 @@ ENV PATH=/opt/mell/bin:${PATH} \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-RUN python -m venv /opt/mell
+# For the kernels of CPUs, kernels/native; what runs needs no compiler for them.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -m venv /opt/mell
 COPY constraints.txt pyproject.toml ./
 # Dependencies first: a change of the code leaves this layer alone.
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
@@ -23,6 +28,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 COPY README.md LICENSE ./
 COPY mell_ray ./mell_ray
 COPY kernels/mell_kernels ./kernels/mell_kernels
+COPY kernels/native ./kernels/native
 RUN pip install --no-deps .
 
 FROM build-cpu AS build-cuda

@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CONFIG ?=
+# What an installation is made of: when it changes, so does what has been compiled of it.
+INSTALLED := pyproject.toml constraints.txt $(wildcard kernels/native/*)
 # A package index that is slow for a while is waited for.
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
@@ -32,15 +34,15 @@ $(VENV)/bin/python:
 	  || { echo "mell-ray needs Python 3.11 or newer; $(PYTHON) is" `$(PYTHON) --version`; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.served: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.served: $(INSTALLED) | $(VENV)/bin/python
 	@echo "Installing mell-ray into $(VENV); the first time takes minutes."
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.tested: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.tested: $(INSTALLED) | $(VENV)/bin/python
 	@echo "Installing mell-ray and its test tools into $(VENV); the first time takes minutes."
 	$(PIP) -e '.[test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info kernels/mell_kernels/*.so

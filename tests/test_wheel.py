@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig
 
 from mell_ray.builtin import MODEL_ID
+from tests.engine.support import TINY, build
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 START = "from mell_ray.cli import main; main()"
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the wheel's content; its dependencies are this environment's."""
-    where = tmp_path_factory.mktemp("wheel")
+def install(where: Path, **variables: str) -> Path:
+    """A folder with nothing but the content of a wheel that was made from a source distribution;
+    its dependencies are this environment's."""
     source = where / "source"
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -32,18 +38,74 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(where)]
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    make = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(where), str(source)]
+    subprocess.run(make, env={**os.environ, **variables}, check=True, capture_output=True)
     wheel = next(where.glob("*.whl"))
     target = where / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    install += ["--no-index", "--disable-pip-version-check", "--target"]
-    subprocess.run([*install, str(target), str(wheel)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--no-index", "--disable-pip-version-check", "--target"]
+    subprocess.run([*command, str(target), str(wheel)], check=True, capture_output=True)
     return target
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("wheel")
+    hurried = where / "hurried.cfg"
+    hurried.write_text("[build_ext]\nparallel = 4\n")
+    return install(where, DIST_EXTRA_CONFIG=str(hurried))
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("wheel"), CC="no-compiler", CXX="no-compiler")
 
 
 def environment(installed: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+
+
+def libraries(installed: Path) -> dict[str, Path]:
+    """Those that have been compiled, by what ``pyproject.toml`` calls them."""
+    paths = (installed / "mell_kernels").glob("*.so")
+    return {f"mell_kernels.{path.name.split('.')[0]}": path for path in paths}
+
+
+def extensions() -> dict[str, dict]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return {each["name"]: each for each in project["tool"]["setuptools"]["ext-modules"]}
+
+
+@pytest.fixture(scope="module")
+def compiled(installed: Path) -> Path:
+    """``installed``, where this machine can compile for its own CPU."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("no g++, or a CPU that nothing is compiled for")
+    return installed
+
+
+@pytest.fixture(scope="module")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {**TINY, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tmp_path_factory.mktemp("model")
+    build(LlamaConfig(**config)).bfloat16().save_pretrained(path)
+    return path
+
+
+def kernels_of_a_run(installed: Path, model: Path, out: Path) -> str:
+    """Whose code has run the layers of ``model``, whose logits are checked when it is loaded."""
+    options = "--num-prompts 3 --input-len 9 --output-len 3:4 --concurrency 2 --threads 1"
+    command = ["bench", "throughput", "--model", str(model), "--dtype", "bfloat16"]
+    subprocess.run(
+        [sys.executable, "-c", START, *command, *options.split(), "--json", str(out)],
+        cwd=out.parent,
+        env=environment(installed),
+        check=True,
+        capture_output=True,
+    )
+    result = json.loads(out.read_text())
+    assert result["output_tokens"] >= 9
+    return result["settings"]["kernels"]
 
 
 def test_wheel_holds_packages_and_weights(installed: Path) -> None:
@@ -64,6 +126,36 @@ def test_wheel_holds_packages_and_weights(installed: Path) -> None:
     for name in done.stdout.split():
         assert name.startswith(str(installed))
         assert Path(name).exists()
+
+
+def test_wheel_holds_kernels_for_the_cpus_that_the_compiler_knows(compiled: Path) -> None:
+    assert "mell_kernels._native_v3" in libraries(compiled)
+    assert set(libraries(compiled)) <= set(extensions())
+
+
+def test_kernels_use_no_more_than_their_cpus_have(compiled: Path) -> None:
+    """They have sources in common, and were compiled in parallel."""
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    wide = {}
+    for name, path in libraries(compiled).items():
+        code = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True)
+        wide[name] = "%zmm" in code.stdout
+    flags = {name: each["extra-compile-args"] for name, each in extensions().items()}
+    assert wide == {name: "-march=x86-64-v3" not in flags[name] for name in wide}
+
+
+def test_compiled_kernels_run(compiled: Path, bf16_model: Path, tmp_path: Path) -> None:
+    if not torch.cpu.get_capabilities().get("avx2"):
+        pytest.skip("a CPU without AVX2")
+    assert kernels_of_a_run(compiled, bf16_model, tmp_path / "result.json") == "compiled"
+
+
+def test_wheel_of_a_machine_without_compiler(
+    without_compiler: Path, bf16_model: Path, tmp_path: Path
+) -> None:
+    assert not libraries(without_compiler)
+    assert kernels_of_a_run(without_compiler, bf16_model, tmp_path / "result.json") == "torch"
 
 
 def test_wheel_serves(installed: Path, tmp_path: Path) -> None:

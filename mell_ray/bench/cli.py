@@ -262,7 +262,7 @@ def _print(result: dict[str, Any]) -> None:
     settings = result["settings"]
     table = Table(
         title=f"{result['num_requests']} requests, {settings['concurrency']} at once, "
-        f"{settings['threads']} threads, {settings['dtype']}",
+        f"{settings['threads']} threads, {settings['dtype']}, {settings['kernels']} kernels",
         title_justify="left",
     )
     for name in ("", "p50", "p99", "mean"):

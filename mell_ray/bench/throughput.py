@@ -82,6 +82,7 @@ def measure(
             "concurrency": options.concurrency,
             "threads": options.threads,
             "dtype": dtype,
+            "kernels": engine.kernels,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "block_size": config.block_size,
             "kv_blocks": config.num_gpu_blocks_override,

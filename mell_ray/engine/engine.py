@@ -76,6 +76,7 @@ class Engine(Residents):
             grammars=grammars,
         )
         self._model = model
+        self.kernels = model.kernels
         self.model_config: dict[str, Any] = model.model.config.to_dict()
         longest = min(self.max_model_len, self.capacity_blocks * self.block_size)
         max_blocks = -(-longest // self.block_size) + 1

@@ -26,9 +26,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from mell_ray.config import EngineConfig
 from mell_ray.engine import mla
 from mell_ray.engine.families import check_config, context_length, end_token_ids
-from mell_ray.engine.fused import Decoder, fuse
+from mell_ray.engine.fused import Decoder, MixedDecoder, fuse
 from mell_ray.engine.kv_pool import KVShape
 from mell_ray.engine.loading import load_weights
+from mell_ray.engine.native_decoder import NativeDecoder
 
 # No "flash" in the name: transformers takes any name that contains it for flash attention.
 ATTENTION_NAME = "mell_paged"
@@ -134,6 +135,13 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     fused: Decoder | None = None  # runs in the model's place where there is one
+
+    @property
+    def kernels(self) -> str:
+        """Whose code runs its layers: "triton", "compiled" (``kernels/native``) or "torch"."""
+        if self.device.type == "cuda":
+            return "triton"
+        return "compiled" if isinstance(self.fused, NativeDecoder | MixedDecoder) else "torch"
 
     @torch.inference_mode()
     def forward(

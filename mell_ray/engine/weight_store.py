@@ -171,4 +171,5 @@ def _code_age() -> list[int]:
     import mell_kernels
 
     folders = [Path(__file__).parent, Path(mell_kernels.__path__[0])]
-    return [max(file.stat().st_mtime_ns for file in each.glob("*.py")) for each in folders]
+    files = [[file for file in each.iterdir() if file.suffix in (".py", ".so")] for each in folders]
+    return [max(file.stat().st_mtime_ns for file in each) for each in files]

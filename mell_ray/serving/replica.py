@@ -242,6 +242,7 @@ class GPUReplica(MigrationCalls):
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             device=spec.device,
+            kernels=engine.kernels,
             capacity_blocks=engine.capacity_blocks,
             block_size=engine.block_size,
             block_nbytes=engine.block_nbytes,

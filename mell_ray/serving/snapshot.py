@@ -39,6 +39,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "node": info.node_id if info else None,
         "pid": info.pid if info else None,
         "device": info.device if info else None,
+        "kernels": info.kernels if info else None,
         "capacity_blocks": info.capacity_blocks if info else 0,
         "used_blocks": stats.used_blocks if stats else 0,
         "cached_blocks": stats.cached_blocks if stats else 0,

@@ -135,6 +135,7 @@ class ReplicaInfo:
     node_id: str
     pid: int
     device: str
+    kernels: str  # whose code runs its layers: "triton", "compiled" or "torch"
     capacity_blocks: int
     block_size: int
     block_nbytes: int

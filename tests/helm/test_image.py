@@ -61,9 +61,18 @@ def test_the_package_can_be_built_from_what_is_copied() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [project["project"]["readme"], *project["project"]["license-files"]]
     wanted += project["tool"]["setuptools"]["package-dir"].values()
+    extensions = project["tool"]["setuptools"]["ext-modules"]
+    wanted += {str(Path(file).parent) for each in extensions for file in each["sources"]}
     assert set(wanted) <= set(COPIED)
     for extra in re.findall(r"\.\[([\w-]+)\]", TEXT):
         assert extra in project["project"]["optional-dependencies"]
+
+
+def test_kernels_are_compiled_where_no_image_comes_from() -> None:
+    """What runs on a CPU needs no compiler. Triton does, for C."""
+    install = re.compile(r"apt-get install .*g\+\+")
+    with_compiler = {part.split("\n")[0] for part in TEXT.split(" AS ") if install.search(part)}
+    assert with_compiler == {"build-cpu"}
 
 
 def test_targets_are_the_charts_variants() -> None:

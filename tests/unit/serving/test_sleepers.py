@@ -109,7 +109,7 @@ class World:
 
     def add(self, actor: Actor, state: Any = "ready", name: str = "r", **more: Any) -> Replica:
         info = ReplicaInfo(
-            name, "m", "node", 1, "cpu", 8, 16, 64, 128, 4, "hash", "w", "kv", lends=True
+            name, "m", "node", 1, "cpu", "torch", 8, 16, 64, 128, 4, "hash", "w", "kv", lends=True
         )
         replica = Replica(name, "m", actor, state, info, **more)
         self.replicas[name] = replica
