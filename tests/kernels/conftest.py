@@ -14,6 +14,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from mell_kernels import native
 
 Run = Callable[..., None]
 
@@ -49,3 +50,33 @@ def run(request: pytest.FixtureRequest) -> Run:
         pytest.skip("the interpreter's bfloat16 is wrong without a word; checked on a device")
     interpreted = request.getfixturevalue("interpreter")
     return lambda check, *args: interpreted(check, "cpu", *args)
+
+
+_OLDER = {
+    "avx2": {"avx2", "fma3"},
+    "avx512": {"avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"},
+}
+
+
+@pytest.fixture(scope="module", params=["own", *_OLDER])
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """``native`` for this CPU, and for older ones that it can stand for; skips where there is
+    none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "own":
+            kept, own = _OLDER[request.param], torch.cpu.get_capabilities()
+            if not all(own.get(name) for name in kept):
+                pytest.skip("this CPU is older")
+            patch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(kept, True))
+        _forget()
+        if not native.is_possible(32, [2]):
+            pytest.skip("nothing is compiled for this CPU")
+        yield
+    _forget()
+
+
+def _forget() -> None:
+    """What ``native`` has found out about the CPU."""
+    for each in vars(native).values():
+        if hasattr(each, "cache_clear"):
+            each.cache_clear()
