@@ -8,6 +8,7 @@ here is used.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,16 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from mell_kernels.metadata import AttentionMetadata
 
+logger = logging.getLogger(__name__)
+
+_LAYOUT = 1  # that of kernels/native/model.h
 _PIECE = 512  # keys of a decode that one thread serves
 _LINE = 16  # floats of a cache line
+_INPUTS = 32  # a row of them is filled up to a multiple of so many
 _I64 = ctypes.c_int64
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("n", _I64), ("k", _I64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias")),
+        *((name, _I64) for name in ("n", "k")),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -40,12 +49,12 @@ class _Layer(ctypes.Structure):
 
 _POINTERS = (
     *("x", "cosines", "sines", "slots", "starts", "lengths", "tables", "wanted", "pool"),
-    *("normed", "qkv", "attended", "gated", "partial"),
+    *("qkv", "attended", "gated", "normed", "prepared", "scales", "partial"),
 )
 _NUMBERS = (
     *("tokens", "sequences", "table_width", "num_wanted"),
     *("hidden", "width", "heads", "kv_heads", "head_dim", "num_layers", "block_size"),
-    *("x_stride", "normed_stride", "qkv_stride", "attended_stride", "gated_stride"),
+    *("x_stride", "qkv_stride", "attended_stride", "gated_stride", "prepared_stride"),
     *("piece", "splits", "next"),
 )
 
@@ -58,86 +67,124 @@ class _Step(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
     """The compiled code for this CPU; None: there is none."""
     features = torch.cpu.get_capabilities()
     wide = all(features.get(f"avx512_{f}") for f in ("f", "bw", "vl", "dq"))
-    names = ["_native_v4"] if wide else []
+    names = ["_native_fp16"] if wide and features.get("avx512_fp16") else []
+    names += ["_native_v4"] if wide else []
     names += ["_native_v3"] if features.get("avx2") and features.get("fma3") else []
-    for name in names:
-        for path in sorted(Path(__file__).parent.glob(f"{name}.*so")):
-            try:
-                # Its threads are torch's: it leaves OpenMP to be found among what torch has loaded.
-                return ctypes.CDLL(str(path))
-            except OSError:
-                continue
+    paths = [path for name in names for path in sorted(Path(__file__).parent.glob(f"{name}.*so"))]
+    for path in paths:
+        try:
+            # Its threads are torch's: it leaves OpenMP to be found among what torch has loaded.
+            found = ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("%s cannot be loaded: %s", path.name, error)
+            continue
+        if _layout_of(found) == _LAYOUT * 1_000_000 + _sizes():
+            return found
+        logger.warning("%s is of another version: install mell-ray again to compile it", path.name)
     return None
+
+
+def _layout_of(found: Any) -> int | None:
+    layout = getattr(found, "mell_layout", None)
+    if layout is None:
+        return None
+    layout.restype = _I64
+    return int(layout())
+
+
+def _sizes() -> int:
+    return ctypes.sizeof(_Layer) * 1000 + ctypes.sizeof(_Step)
 
 
 def is_possible(head_dim: int, inputs: Sequence[int]) -> bool:
     """Whether layers with these heads, and matrices with so many ``inputs``, can be run so."""
-    if _library() is None:
+    if library() is None:
         return False
     return head_dim % (2 * _lanes()) == 0 and head_dim <= 256 and all(k % 2 == 0 for k in inputs)
 
 
 def _lanes() -> int:
-    return int(_library().mell_lanes())
+    return int(library().mell_lanes())
 
 
 @dataclass(slots=True)
 class Packed:
-    """A matrix as ``kernels/native/linear.cpp`` reads it."""
+    """A matrix as ``kernels/native`` reads it: in panels of outputs, for each panel input after
+    input. Either pairs of bfloat16 as int32 ``[panels, K / 2, 2, lanes]``, or float16
+    ``[panels, K up to a multiple of 32, outputs]``, which an output's scale multiplies."""
 
-    weight: torch.Tensor  # int32 [panels, K / 2, 2, lanes]: pairs of bfloat16
-    bias: torch.Tensor | None  # float32, as many as are packed
+    weight: torch.Tensor
+    scales: torch.Tensor | None  # float32, as many as outputs are packed
+    bias: torch.Tensor | None  # float32, likewise
     n: int
     k: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T + bias`` of float32 ``x``, ``[R, K]``."""
-        x = _with_odd_lines(x)
         y = torch.empty(len(x), self.n)
-        _library().mell_multiply(
+        prepared, scales = torch.empty(len(x), _prepared_stride(self.k)), torch.empty(len(x))
+        library().mell_multiply(
             ctypes.byref(self.describe()),
-            ctypes.c_void_p(x.data_ptr()),
-            _I64(x.stride(0)),
-            _I64(len(x)),
-            ctypes.c_void_p(y.data_ptr()),
-            _I64(self.n),
+            *(ctypes.c_void_p(x.data_ptr()), _I64(x.stride(0)), _I64(len(x))),
+            *(ctypes.c_void_p(prepared.data_ptr()), _I64(prepared.stride(0))),
+            ctypes.c_void_p(scales.data_ptr()),
+            *(ctypes.c_void_p(y.data_ptr()), _I64(self.n)),
             torch.get_num_threads(),
         )
         return y
 
     def describe(self) -> _Matrix:
-        return _Matrix(_address(self.weight), _address(self.bias), self.n, self.k)
+        addresses = map(_address, (self.weight, self.scales, self.bias))
+        return _Matrix(*addresses, self.n, self.k)
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packed:
     """``weight``: ``[N, K]`` bfloat16."""
-    lanes = _lanes()
-    pairs = _in_panels(weight.contiguous().view(torch.int32), 2 * lanes)
-    if bias is not None:
-        bias = _in_panels(bias.float(), 2 * lanes).flatten()
-    return _packed(pairs.unflatten(1, (2, lanes)), bias, weight)
+    panel = int(library().mell_panel())
+    return _packed(weight, bias, lambda rows: in_panels(rows, panel))
 
 
 def pack_gated(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packed:
     """``weight``: ``[2 * N, K]`` bfloat16, the gate's outputs first. They are packed by turns."""
-    lanes = _lanes()
-    pairs = weight.contiguous().view(torch.int32)
-    both = torch.stack([_in_panels(half, lanes) for half in pairs.chunk(2)], dim=1)
+    half = int(library().mell_panel()) // 2
+
+    def by_turns(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([in_panels(part, half) for part in rows.chunk(2)], dim=1)
+
+    return _packed(weight, bias, by_turns)
+
+
+def _packed(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arranged: Callable[[torch.Tensor], torch.Tensor],
+) -> Packed:
+    """``arranged`` makes ``[panels, outputs, ...]`` of ``[N, ...]``."""
+    n, k = weight.shape
     if bias is not None:
-        halves = [_in_panels(half, lanes) for half in bias.float().chunk(2)]
-        bias = torch.stack(halves, dim=1).flatten()
-    return _packed(both, bias, weight)
+        bias = arranged(bias.float()).flatten()
+    if not library().mell_halves():
+        pairs = arranged(weight.contiguous().view(torch.int32))
+        lanes = int(library().mell_lanes())
+        pairs = pairs.unflatten(1, (2, lanes)).permute(0, 3, 1, 2).contiguous()
+        return Packed(pairs, None, bias, n, k)
+    # Powers of two, at which the largest weight of an output lies from 16 to 32.
+    largest = weight.abs().amax(1).float()
+    scales = torch.exp2(torch.frexp(largest).exponent.float() - 5).clamp_(2.0**-100, 2.0**100)
+    halves = pad(weight, (0, -k % _INPUTS))
+    panels = arranged(halves)
+    divisors = arranged(scales)
+    packed = torch.empty(len(panels), panels.shape[2], panels.shape[1], dtype=torch.float16)
+    for panel, divisor, to in zip(panels, divisors, packed, strict=True):
+        to.copy_((panel.float() / divisor.clamp_min(2.0**-100)[:, None]).T)
+    return Packed(packed, divisors.flatten(), bias, n, k)
 
 
-def _packed(pairs: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor) -> Packed:
-    return Packed(pairs.permute(0, 3, 1, 2).contiguous(), bias, *weight.shape)
-
-
-def _in_panels(rows: torch.Tensor, size: int) -> torch.Tensor:
+def in_panels(rows: torch.Tensor, size: int) -> torch.Tensor:
     """``[N, ...]`` as ``[panels, size, ...]``, filled up with zeros."""
     missing = -len(rows) % size
     if missing:
@@ -155,9 +202,8 @@ def _odd_lines(size: int) -> int:
     return (-(-size // _LINE) | 1) * _LINE
 
 
-def _with_odd_lines(x: torch.Tensor) -> torch.Tensor:
-    wide = torch.empty(len(x), _odd_lines(x.shape[1]))[:, : x.shape[1]]
-    return wide.copy_(x)
+def _prepared_stride(inputs: int) -> int:
+    return _odd_lines(-(-inputs // _INPUTS) * _INPUTS)
 
 
 @dataclass(slots=True)
@@ -213,16 +259,17 @@ class Layers:
             piece=_PIECE,
         )
         self._sizes = {
-            "normed": self._hidden,
             "qkv": (self._heads + 2 * self._kv_heads) * self._head_dim,
             "attended": self._heads * self._head_dim,
             "gated": self._width,
         }
-        self._room, self._room_for = torch.empty(0), -1
+        inputs = (self._hidden, self._heads * self._head_dim, self._width)
+        self._sizes["prepared"] = _prepared_stride(max(inputs))
+        self._room, self._room_for = torch.empty(0), (0, 0)
         self._rows: dict[str, torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        skipped = ("_layers", "_step", "_room", "_room_for", "_rows")
+        skipped = ("_layers", "_step", "_room", "_room_for", "_rows", "_scales", "_normed")
         return {name: value for name, value in self.__dict__.items() if name not in skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -266,7 +313,7 @@ class Layers:
             pieces = int(((meta.seq_lens + _PIECE - 1) // _PIECE).sum())
             partial = torch.empty(pieces * self._heads * (self._head_dim + 2))
             step.partial = partial.data_ptr()
-        _library().mell_layers(self._layers, ctypes.byref(step), torch.get_num_threads())
+        library().mell_layers(self._layers, ctypes.byref(step), torch.get_num_threads())
         return x[: len(wanted)]
 
     def run_around(
@@ -281,15 +328,15 @@ class Layers:
         softcap=None, sinks=None)`` of bfloat16 ``[T, heads, head_dim]`` each."""
         step = self._begin(x, cosines, sines, wanted)
         step.pool, call = None, (self._layers, ctypes.byref(step), torch.get_num_threads())
-        library, heads = _library(), (-1, self._head_dim)
+        heads = -1, self._head_dim
         joined, attended = self._rows["qkv"], self._rows["attended"]
         counts = (self._heads, self._kv_heads, self._kv_heads)
         for index, layer in enumerate(self._weights):
-            library.mell_before_attention(_I64(index), *call)
+            library().mell_before_attention(_I64(index), *call)
             parts = joined.bfloat16().unflatten(1, heads).split(counts, dim=1)
             how = {"scale": layer.scale, "window": layer.window, "softcap": None, "sinks": None}
             attended.copy_(attend(index, *parts, **how).flatten(1))
-            library.mell_after_attention(_I64(index), *call)
+            library().mell_after_attention(_I64(index), *call)
         return x[: len(wanted)]
 
     def _begin(
@@ -309,12 +356,16 @@ class Layers:
 
     def _make_room(self, tokens: int) -> None:
         """Scratch memory outlives the steps: fresh pages cost more than what is done in them."""
-        if tokens == self._room_for:
+        threads = torch.get_num_threads()
+        if (tokens, threads) == self._room_for:
             return
         strides = [_odd_lines(size) for size in self._sizes.values()]
         if self._room.numel() < tokens * sum(strides):
             self._room = torch.empty(tokens * sum(strides))
+        self._scales = torch.empty(tokens)
+        self._normed = torch.empty(threads, self._hidden)
+        self._step.scales, self._step.normed = map(_address, (self._scales, self._normed))
         parts = self._room[: tokens * sum(strides)].split([tokens * each for each in strides])
         for (name, size), part in zip(self._sizes.items(), parts, strict=True):
             self._rows[name] = part.view(tokens, -1)[:, :size]
-        self._room_for = tokens
+        self._room_for = tokens, threads

@@ -18,7 +18,7 @@ from mell_kernels.linear import padded_rows
 _SMALLEST = 1 << 22  # weights from which on two products take less time than one
 _CHUNK = 4096  # rows of weights that are rounded at a time, which bounds the memory in between
 _BF16_AT = 16  # the bit of a float32 at which its bfloat16 begins
-_ZERO = 128  # the code of zero: oneDNN's fast product wants unsigned inputs
+ZERO = 128  # the code of zero: oneDNN's fast product wants unsigned inputs
 # bfloat16 keeps an output to within 2**-9 of it; so much of the largest is more than twice that.
 _OUTPUT_ROUNDING = 2.0**-6
 _FLOAT_ROUNDING = 1.001  # of the bounds themselves
@@ -42,23 +42,30 @@ def nbytes(weight: torch.Tensor) -> int:
     return weight.numel()
 
 
+def encoded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Int8 codes of ``[V, K]`` weights, and for each row what multiplies its codes, its length, and
+    the length of what rounding took from it."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight))
+    lengths, losts = torch.empty(len(weight)), torch.empty(len(weight))
+    for start in range(0, len(weight), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        wide = weight[rows].float()
+        scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny * 127) / 127
+        rounded = (wide / scale[:, None]).round_()
+        codes[rows], scales[rows] = rounded.to(torch.int8), scale
+        lost = wide - rounded.mul_(scale[:, None])
+        lengths[rows] = torch.linalg.vector_norm(wide, dim=1)
+        losts[rows] = torch.linalg.vector_norm(lost, dim=1)
+    return codes, scales, lengths, losts
+
+
 class Screen:
     """Of a layer without bias; keeps ``weight``, ``[V, K]``, and one more byte for each of it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(len(weight))
-        lengths, losts = torch.empty(len(weight)), torch.empty(len(weight))
-        for start in range(0, len(weight), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            wide = weight[rows].float()
-            scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny * 127) / 127
-            rounded = (wide / scale[:, None]).round_()
-            codes[rows], scales[rows] = rounded.to(torch.int8), scale
-            lost = wide - rounded.mul_(scale[:, None])
-            lengths[rows] = torch.linalg.vector_norm(wide, dim=1)
-            losts[rows] = torch.linalg.vector_norm(lost, dim=1)
+        codes, scales, lengths, losts = encoded(weight)
         # Of the longest row, and of what rounding changed in the row it changed most.
         self._length, self._lost = float(lengths.max()), float(losts.max())
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -101,8 +108,8 @@ class Screen:
         rounded = np.rint(scaled)
         lost, length = np.linalg.norm(scaled - rounded, axis=1), np.linalg.norm(rounded, axis=1)
         reach = (lost * self._length + length * self._lost) * _FLOAT_ROUNDING
-        codes = np.full((padded_rows(len(x)), x.shape[1]), _ZERO, dtype=np.uint8)
-        codes[: len(x)] = rounded + _ZERO
+        codes = np.full((padded_rows(len(x)), x.shape[1]), ZERO, dtype=np.uint8)
+        codes[: len(x)] = rounded + ZERO
         bits = self._product(torch.from_numpy(codes))[: len(x)].view(torch.int16).numpy()
         # The order of positive floats is that of their bits.
         highest = (bits.max(1).astype(np.int32) << _BF16_AT).view(np.float32)
@@ -119,7 +126,7 @@ class Screen:
         return torch.ops.onednn.qlinear_pointwise.default(
             codes,
             1.0,
-            _ZERO,
+            ZERO,
             self._packed,
             self._scales,
             self._zeros,

@@ -1,18 +1,23 @@
 // Causal attention of a ragged batch over bfloat16 keys and values in a paged pool.
 //
 // The queries of one KV head are rows of two products: with the keys, and, weighted by a softmax
-// that runs over the keys as they come, with the values. For each, PANEL keys at a time are packed
-// as the weights of a linear layer are (linear.cpp). All is computed in float32.
+// that runs over the keys as they come, with the values. WIDTH keys are served at a time. For many
+// queries they are packed as weights are (tile.h); for few, that would take longer than the products
+// do, and keys and values are used as they lie, pairs of dimensions side by side. All is computed in
+// float32.
 
 #include <cstring>
+#include <type_traits>
 
 #include "model.h"
+#include "tile.h"
 
 namespace mell {
 namespace {
 
 constexpr int64_t WIDEST = 256;   // head_dim
 constexpr float HIDDEN = -1e30f;  // the score of a key out of reach: finite, so that rows of it are
+constexpr int FEW = 4;
 constexpr int64_t CACHE_LINE = 32;  // in bfloat16
 constexpr int SUM = 0, MOST = 1;  // behind the head_dim sums of a piece
 
@@ -21,10 +26,10 @@ struct Keys {
   const int32_t *table;
   int64_t block_stride, block_size, token_stride, plane_stride;
 
-  // Where PANEL keys from `key` on lie; those from `end` on do as the last before it.
+  // Where WIDTH keys from `key` on lie; those from `end` on do as the last before it.
   void find(int64_t key, int64_t end, const uint16_t **at) const {
     int64_t block = key / block_size, offset = key % block_size;
-    for (int i = 0; i < PANEL; i++) {
+    for (int i = 0; i < WIDTH; i++) {
       at[i] = pool + table[block] * block_stride + offset * token_stride;
       if (key + i + 1 >= end) continue;
       if (++offset == block_size) block++, offset = 0;
@@ -32,7 +37,7 @@ struct Keys {
   }
 
   void fetch(const uint16_t *const *at, int64_t dim) const {
-    for (int i = 0; i < PANEL; i++)
+    for (int i = 0; i < WIDTH; i++)
       for (int64_t d = 0; d < dim; d += CACHE_LINE) {
         __builtin_prefetch(at[i] + d);
         __builtin_prefetch(at[i] + plane_stride + d);
@@ -49,21 +54,122 @@ void pack_keys(const uint16_t *const *keys, int64_t pairs, uint32_t *packed) {
         rows[i] = load(reinterpret_cast<const uint32_t *>(keys[half * LANES + i]) + pair);
       transpose(rows);
       for (int i = 0; i < LANES; i++)
-        *reinterpret_cast<Words *>(packed + (pair + i) * PANEL + half * LANES) = rows[i];
+        *reinterpret_cast<Words *>(packed + (pair + i) * WIDTH + half * LANES) = rows[i];
     }
 }
 
-// Pairs of keys: a linear layer whose outputs are dimensions, here `PANEL` of them.
+// Pairs of keys: a linear layer whose outputs are dimensions, here `WIDTH` of them.
 void pack_values(const uint16_t *const *values, uint32_t *packed) {
-  for (int pair = 0; pair < PANEL / 2; pair++)
+  for (int pair = 0; pair < WIDTH / 2; pair++)
     for (int half = 0; half < 2; half++) {
       auto read = [&](int key) {
         auto from = reinterpret_cast<const Halves *>(values[key] + half * LANES);
         return __builtin_convertvector(*from, Words);
       };
-      *reinterpret_cast<Words *>(packed + pair * PANEL + half * LANES) =
+      *reinterpret_cast<Words *>(packed + pair * WIDTH + half * LANES) =
           read(2 * pair) | read(2 * pair + 1) << 16;
     }
+}
+
+// The sum of each of LANES vectors, in one.
+MELL_INLINE Floats sums_of(Floats *each) {
+#pragma GCC unroll 4
+  for (int apart = LANES / 2; apart; apart /= 2) {
+    Ints lane = lanes(), second = (lane & apart) != 0;
+    Ints low = second ? lane - apart + LANES : lane, high = second ? lane + LANES : lane + apart;
+#pragma GCC unroll 8
+    for (int i = 0; i < apart; i++) {
+      Floats a = each[i], b = each[i + apart];
+      each[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    }
+  }
+  return each[0];
+}
+
+MELL_INLINE Words pairs_at(const uint16_t *from, int64_t pair) {
+  return load(reinterpret_cast<const uint32_t *>(from) + pair);
+}
+
+// Scores of WIDTH keys. Of a query, the dimensions that come first in a pair lie before the others.
+template <int COUNT, int VECTORS>
+void score_few(const uint16_t *const *keys, int64_t dim, const float *query, int64_t query_stride,
+               float *scores) {
+  const int64_t pairs = VECTORS ? VECTORS * LANES : dim / 2;
+  for (int half = 0; half < 2; half++) {
+    Floats each[COUNT][LANES];
+    for (int i = 0; i < LANES; i++) {
+      Floats sums[COUNT]{};
+#pragma GCC unroll 4
+      for (int64_t pair = 0; pair < pairs; pair += LANES) {
+        Words both = pairs_at(keys[half * LANES + i], pair);
+        Floats first = first_of_pairs(both), second = second_of_pairs(both);
+        for (int r = 0; r < COUNT; r++) {
+          sums[r] += first * load(query + r * query_stride + pair);
+          sums[r] += second * load(query + r * query_stride + pairs + pair);
+        }
+      }
+      for (int r = 0; r < COUNT; r++) each[r][i] = sums[r];
+    }
+    for (int r = 0; r < COUNT; r++)
+      store(scores + r * WIDTH + half * LANES, sums_of(each[r]));
+  }
+}
+
+// Adds WIDTH weighted values to `acc`, whose dimensions lie as those of a query do.
+template <int COUNT, int VECTORS>
+void add_few(const uint16_t *const *values, int64_t dim, const float *weights, float *acc) {
+  const int64_t pairs = VECTORS ? VECTORS * LANES : dim / 2;
+  for (int64_t pair = 0; pair < pairs; pair += LANES) {
+    Floats first[COUNT], second[COUNT];
+    for (int r = 0; r < COUNT; r++) {
+      first[r] = load(acc + r * 2 * pairs + pair);
+      second[r] = load(acc + r * 2 * pairs + pairs + pair);
+    }
+    for (int i = 0; i < WIDTH; i++) {
+      Words both = pairs_at(values[i], pair);
+      for (int r = 0; r < COUNT; r++) {
+        first[r] += weights[r * WIDTH + i] * first_of_pairs(both);
+        second[r] += weights[r * WIDTH + i] * second_of_pairs(both);
+      }
+    }
+    for (int r = 0; r < COUNT; r++) {
+      store(acc + r * 2 * pairs + pair, first[r]);
+      store(acc + r * 2 * pairs + pairs + pair, second[r]);
+    }
+  }
+}
+
+// Calls `function` with the number of rows and, for usual heads, that of a key's vectors as
+// constants.
+template <int COUNT = FEW, typename Function>
+void with_constants(int rows, int64_t dim, Function function) {
+  using Count = std::integral_constant<int, COUNT>;
+  if (rows == COUNT) {
+    if (dim == 2 * LANES) return function(Count(), std::integral_constant<int, 1>());
+    if (dim == 4 * LANES) return function(Count(), std::integral_constant<int, 2>());
+    if (dim == 8 * LANES) return function(Count(), std::integral_constant<int, 4>());
+    return function(Count(), std::integral_constant<int, 0>());
+  }
+  if constexpr (COUNT > 1) with_constants<COUNT - 1>(rows, dim, function);
+}
+
+// Pairs of numbers to all that come first and all that come second, and back.
+void part_pairs(float *x, int64_t pairs) {
+  float parted[WIDEST];
+  for (int64_t i = 0; i < pairs; i++) {
+    parted[i] = x[2 * i];
+    parted[pairs + i] = x[2 * i + 1];
+  }
+  memcpy(x, parted, 2 * pairs * sizeof(float));
+}
+
+void join_pairs(float *x, int64_t pairs) {
+  float joined[WIDEST];
+  for (int64_t i = 0; i < pairs; i++) {
+    joined[2 * i] = x[i];
+    joined[2 * i + 1] = x[pairs + i];
+  }
+  memcpy(x, joined, 2 * pairs * sizeof(float));
 }
 
 // Queries [from, to) of one KV head of one sequence, counted by token, then by head.
@@ -79,11 +185,11 @@ struct Queries {
   }
 };
 
-// Scores of PANEL keys from `key` on become weights; `sums` and `acc` are what has been added up.
+// Scores of WIDTH keys from `key` on become weights; `sums` and `acc` are what has been added up.
 MELL_INLINE void weigh(float *scores, int64_t first, int64_t last, int64_t key, Floats *sum,
                        float *most, float *acc, int64_t dim) {
   Floats a = load(scores), b = load(scores + LANES);
-  if (key < first || key + PANEL - 1 > last) {
+  if (key < first || key + WIDTH - 1 > last) {
     Ints at = lanes() + int(key);
     a = (at < int(first)) | (at > int(last)) ? splat(HIDDEN) : a;
     at += LANES;
@@ -104,31 +210,45 @@ MELL_INLINE void weigh(float *scores, int64_t first, int64_t last, int64_t key, 
 }
 
 // Attention over the keys [key, end), not yet divided by the sums of its weights. `query` has rows
-// of head_dim, `acc` too. Sums and largest scores are added to `sums` and `most`.
+// of head_dim, `acc` too, both with parted pairs if there are few. Sums and largest scores are added
+// to `sums` and `most`.
 void over_keys(const Queries &queries, const Keys &keys, int64_t key, int64_t end, int64_t dim,
                const float *query, int64_t query_stride, float *acc, Floats *sums, float *most) {
-  alignas(64) uint32_t packed[WIDEST / 2 * PANEL];
-  alignas(64) float scores[ROWS * PANEL];
-  const uint16_t *at[PANEL], *next[PANEL];
+  alignas(64) uint32_t packed[WIDEST / 2 * WIDTH];
+  alignas(64) float scores[ROWS * WIDTH];
+  const uint16_t *at[WIDTH], *next[WIDTH];
+  int rows = queries.rows();
   keys.find(key, end, next);
-  for (; key < end; key += PANEL) {
+  for (; key < end; key += WIDTH) {
     memcpy(at, next, sizeof at);
-    if (key + PANEL < end) {
-      keys.find(key + PANEL, end, next);
+    if (key + WIDTH < end) {
+      keys.find(key + WIDTH, end, next);
       keys.fetch(next, dim);
     }
-    pack_keys(at, dim / 2, packed);
-    multiply_tile(queries.rows(), packed, query, query_stride, dim / 2, scores, PANEL, false);
-    for (int row = 0; row < queries.rows(); row++) {
+    if (rows <= FEW) {
+      with_constants(rows, dim, [&](auto count, auto vectors) {
+        score_few<count, vectors>(at, dim, query, query_stride, scores);
+      });
+    } else {
+      pack_keys(at, dim / 2, packed);
+      any_tile<false>(rows, packed, query, query_stride, dim / 2, scores, WIDTH, false);
+    }
+    for (int row = 0; row < rows; row++) {
       int64_t last = queries.position(row);
-      weigh(scores + row * PANEL, queries.first_key(row), last < end ? last : end - 1, key,
+      weigh(scores + row * WIDTH, queries.first_key(row), last < end ? last : end - 1, key,
             sums + row, most + row, acc + row * dim, dim);
     }
-    for (int i = 0; i < PANEL; i++) at[i] += keys.plane_stride;
-    for (int64_t d = 0; d < dim; d += PANEL) {
+    for (int i = 0; i < WIDTH; i++) at[i] += keys.plane_stride;
+    if (rows <= FEW) {
+      with_constants(rows, dim, [&](auto count, auto vectors) {
+        add_few<count, vectors>(at, dim, scores, acc);
+      });
+      continue;
+    }
+    for (int64_t d = 0; d < dim; d += WIDTH) {
       pack_values(at, packed);
-      multiply_tile(queries.rows(), packed, scores, PANEL, PANEL / 2, acc + d, dim, true);
-      for (int i = 0; i < PANEL; i++) at[i] += PANEL;
+      any_tile<false>(rows, packed, scores, WIDTH, WIDTH / 2, acc + d, dim, true);
+      for (int i = 0; i < WIDTH; i++) at[i] += WIDTH;
     }
   }
 }
@@ -159,6 +279,7 @@ struct Work {
   void run(int64_t sequence, int64_t head, const Queries &queries, int64_t key, int64_t end,
            float *piece) const {
     int64_t dim = step.head_dim, stride = dim + LANES;
+    bool few = queries.rows() <= FEW;
     alignas(64) float query[ROWS * (WIDEST + LANES)], acc[ROWS * WIDEST];
     Floats sums[ROWS];
     float most[ROWS];
@@ -166,12 +287,14 @@ struct Work {
       const float *from = row(step.qkv, step.qkv_stride, sequence, head, queries.from + i);
       for (int64_t d = 0; d < dim; d += LANES)
         store(query + i * stride + d, layer.scale * load(from + d));
+      if (few) part_pairs(query + i * stride, dim / 2);
       sums[i] = Floats{};
       most[i] = HIDDEN;
     }
     memset(acc, 0, queries.rows() * dim * sizeof(float));
     over_keys(queries, keys(sequence, head), key, end, dim, query, stride, acc, sums, most);
     for (int i = 0; i < queries.rows(); i++) {
+      if (few) join_pairs(acc + i * dim, dim / 2);
       if (piece) {
         float *to = piece + i * (dim + 2);
         memcpy(to, acc + i * dim, dim * sizeof(float));

@@ -4,12 +4,10 @@
 #include <cstring>
 #include <omp.h>
 
-#include "model.h"
+#include "product.h"
 
 namespace mell {
-namespace {
 
-// gain * x / sqrt(mean(x^2) + eps)
 void normalise(const float *x, const float *gain, float eps, int64_t size, float *to) {
   Floats squares{};
   int64_t i = 0;
@@ -21,10 +19,34 @@ void normalise(const float *x, const float *gain, float eps, int64_t size, float
   for (; i < size; i++) to[i] = x[i] * scale * gain[i];
 }
 
-void normalise_rows(const Step &step, const float *gain, float eps, int64_t rows, Team team) {
+namespace {
+
+// What a product is to read from now on, once all threads have come so far.
+Inputs inputs(const Step &step) {
+  return {reinterpret_cast<const Input *>(step.prepared), step.scales, step.prepared_stride};
+}
+
+void prepare_normalised(const Step &step, const float *gain, float eps, int64_t rows, Team team) {
+  for (int64_t row = team.index; row < rows; row += team.count) {
+    float *normed = step.normed + team.index * step.hidden;
+    normalise(step.x + row * step.x_stride, gain, eps, step.hidden, normed);
+    prepare(normed, step.hidden, row, step.prepared, step.prepared_stride, step.scales);
+  }
+#pragma omp barrier
+}
+
+// Inputs that lie in rows of odd numbers of cache lines already.
+Inputs prepared(const Step &step, const float *x, int64_t stride, int64_t size, int64_t rows,
+                Team team) {
+#if MELL_HALVES
   for (int64_t row = team.index; row < rows; row += team.count)
-    normalise(step.x + row * step.x_stride, gain, eps, step.hidden,
-              step.normed + row * step.normed_stride);
+    prepare(x + row * stride, size, row, step.prepared, step.prepared_stride, step.scales);
+#pragma omp barrier
+  return inputs(step);
+#else
+  (void)step, (void)size, (void)rows, (void)team;
+  return {x, nullptr, stride};
+#endif
 }
 
 // A head by its position's angles, in place.
@@ -60,11 +82,10 @@ void place(const Layer &layer, int64_t index, const Step &step, Team team) {
 }
 
 void before_attention(const Layer &layer, int64_t index, Step &step, Team team) {
-  normalise_rows(step, layer.norm_1, layer.eps, step.tokens, team);
-#pragma omp barrier
+  prepare_normalised(step, layer.norm_1, layer.eps, step.tokens, team);
   if (team.index == 0) step.next = 0;
-  multiply(layer.qkv, step.normed, step.normed_stride, step.tokens, Epilogue::STORE, 1.0f,
-           step.qkv, step.qkv_stride, team);
+  multiply(layer.qkv, inputs(step), step.tokens, Epilogue::STORE, 1.0f, step.qkv, step.qkv_stride,
+           team);
 #pragma omp barrier
   place(layer, index, step, team);
 #pragma omp barrier
@@ -87,17 +108,17 @@ void after_attention(const Layer &layer, bool last, Step &step, Team team) {
     }
 #pragma omp barrier
   }
-  multiply(layer.out, step.attended, step.attended_stride, rows, Epilogue::ADD, layer.factor,
-           step.x, step.x_stride, team);
+  Inputs attended = prepared(step, step.attended, step.attended_stride,
+                             step.heads * step.head_dim, rows, team);
+  multiply(layer.out, attended, rows, Epilogue::ADD, layer.factor, step.x, step.x_stride, team);
 #pragma omp barrier
-  normalise_rows(step, layer.norm_2, layer.eps, rows, team);
-#pragma omp barrier
-  multiply(layer.gate_up, step.normed, step.normed_stride, rows,
+  prepare_normalised(step, layer.norm_2, layer.eps, rows, team);
+  multiply(layer.gate_up, inputs(step), rows,
            layer.gelu ? Epilogue::GATE_GELU : Epilogue::GATE_SILU, 1.0f, step.gated,
            step.gated_stride, team);
 #pragma omp barrier
-  multiply(layer.down, step.gated, step.gated_stride, rows, Epilogue::ADD, layer.factor, step.x,
-           step.x_stride, team);
+  Inputs gated = prepared(step, step.gated, step.gated_stride, step.width, rows, team);
+  multiply(layer.down, gated, rows, Epilogue::ADD, layer.factor, step.x, step.x_stride, team);
 #pragma omp barrier
 }
 
@@ -110,7 +131,12 @@ using namespace mell;
 
 extern "C" {
 
+// What the two sides of this interface must agree about.
+int64_t mell_layout() { return LAYOUT * 1000000 + sizeof(Layer) * 1000 + sizeof(Step); }
+
+int mell_panel() { return PANEL; }
 int mell_lanes() { return LANES; }
+int mell_halves() { return MELL_HALVES; }
 
 // All layers of a step whose keys and values are in the pool.
 void mell_layers(const Layer *layers, Step *step, int threads) {
@@ -134,9 +160,17 @@ void mell_after_attention(int64_t index, const Layer *layers, Step *step, int th
 }
 
 // y = x W^T + bias of any rows.
-void mell_multiply(const Matrix *matrix, const float *x, int64_t x_stride, int64_t rows, float *y,
-                   int64_t y_stride, int threads) {
+void mell_multiply(const Matrix *matrix, const float *x, int64_t x_stride, int64_t rows,
+                   float *prepared, int64_t stride, float *scales, float *y, int64_t y_stride,
+                   int threads) {
 #pragma omp parallel num_threads(threads)
-  multiply(*matrix, x, x_stride, rows, Epilogue::STORE, 1.0f, y, y_stride, team());
+  {
+    Team all = team();
+    for (int64_t row = all.index; row < rows; row += all.count)
+      prepare(x + row * x_stride, matrix->k, row, prepared, stride, scales);
+#pragma omp barrier
+    multiply(*matrix, {reinterpret_cast<const Input *>(prepared), scales, stride}, rows,
+             Epilogue::STORE, 1.0f, y, y_stride, all);
+  }
 }
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from mell_kernels import native, ops
+from mell_kernels.native_screen import NativeScreen, is_possible
 
 from mell_ray.engine.fused_block import Matrix, Norm, Rotary, window_of
 
@@ -32,6 +33,8 @@ class NativeDecoder:
         self._norm = Norm(decoder.norm)
         head = Matrix.of(model, "lm_head")
         self._head = native.pack(head.weight, head.bias)
+        can_be_screened = head.bias is None and self._divisor > 0 and is_possible(head.weight)
+        self._screen = NativeScreen.of(head.weight) if can_be_screened else None
         if not keeps and head.weight is not self._embedding.weight:
             head.give_up()
 
@@ -53,6 +56,10 @@ class NativeDecoder:
             x = self._layers.run(x, *angles, batch.pool, batch.meta, logits_rows)
         else:
             x = self._layers.run_around(x, *angles, batch.attend, logits_rows)
+        if likeliest and self._screen is not None and len(x):
+            ids = self._screen.likeliest(x, self._norm.weight, self._norm.eps, self._head)
+            if ids is not None:
+                return ids
         x = self._head(self._norm(x, torch.float32))
         logits = x if self._divisor == 1.0 else x / self._divisor
         return ops.likeliest(logits) if likeliest else logits

@@ -192,7 +192,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(mode: str, kv: str) -> Non
 def test_without_a_library_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject(FIRM)
     expected = answers(Engine(model.loaded, small_config()))
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     loaded = load_model(copy.deepcopy(made(FIRM)), small_config())
     assert type(loaded.fused) is fused.FusedDecoder
     agree(model, expected, answers(Engine(loaded, small_config())), 2 * ROOM)
