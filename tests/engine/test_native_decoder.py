@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from mell_ray.engine.weight_image import WeightImage
 from tests.engine.support import Client, build, drain, prompts, request, small_config, step
 from tests.engine.test_fused import CONFIGS
 from tests.engine.test_migration import move_kv, move_tokens
+from tests.kernels.native_cases import forget_cpu, threads
 
 pytestmark = pytest.mark.skipif(
     not native.is_possible(32, [128]), reason="nothing is compiled for this CPU"
@@ -79,16 +79,6 @@ def subject(name: str) -> Subject:
     model = made(name)
     exact = exact_of(model)
     return Subject(exact, load_model(copy.deepcopy(model), small_config()))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 ASKED = prompts(5, seed=3, longest=50)
@@ -189,11 +179,16 @@ def test_a_request_that_moves_goes_on_with_its_tokens(mode: str, kv: str) -> Non
     agree(model, [client.tokens[f"r{i}"] for i in range(len(ASKED))], undisturbed, room)
 
 
-def test_without_a_library_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_compiled_torch_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model = subject(FIRM)
     expected = answers(Engine(model.loaded, small_config()))
-    monkeypatch.setattr(native, "library", lambda: None)
-    loaded = load_model(copy.deepcopy(made(FIRM)), small_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "__file__", str(tmp_path / "native.py"))
+        forget_cpu()
+        loaded = load_model(copy.deepcopy(made(FIRM)), small_config())
+    forget_cpu()
     assert type(loaded.fused) is fused.FusedDecoder
     agree(model, expected, answers(Engine(loaded, small_config())), 2 * ROOM)
 

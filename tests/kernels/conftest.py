@@ -16,6 +16,8 @@ import pytest
 import torch
 from mell_kernels import native
 
+from tests.kernels.native_cases import forget_cpu
+
 Run = Callable[..., None]
 
 
@@ -68,15 +70,8 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
             if not all(own.get(name) for name in kept):
                 pytest.skip("this CPU is older")
             patch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(kept, True))
-        _forget()
+        forget_cpu()
         if not native.is_possible(32, [2]):
             pytest.skip("nothing is compiled for this CPU")
         yield
-    _forget()
-
-
-def _forget() -> None:
-    """What ``native`` has found out about the CPU."""
-    for each in vars(native).values():
-        if hasattr(each, "cache_clear"):
-            each.cache_clear()
+    forget_cpu()

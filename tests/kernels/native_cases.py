@@ -238,6 +238,13 @@ def attention(case: Case, batch: Batch, layer: int, query: torch.Tensor) -> torc
     return torch.cat(made) if made else query[:0]
 
 
+def forget_cpu() -> None:
+    """What ``native`` has found out about the CPU, and what is compiled for it."""
+    for each in vars(native).values():
+        if hasattr(each, "cache_clear"):
+            each.cache_clear()
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

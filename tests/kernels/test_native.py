@@ -68,12 +68,22 @@ def test_products_are_as_exact_as_they_say_on_the_whole() -> None:
     assert error.mean().abs() <= 1e-4 * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("inputs", [2, 30, 32, 34, 400])
+@pytest.mark.parametrize("size", [1.0, 1.99, 2.0, 1e-20, 3e20])
+def test_sums_that_only_grow(inputs: int, size: float) -> None:
+    """The largest that can come of it, and rounding that may go to one side each time."""
+    x = torch.full((3, inputs), size) * torch.tensor([[1.0], [-1.0], [0.999]])
+    weight = torch.full((20, inputs), 1.9921875).bfloat16()
+    exact = x.double() @ weight.double().T
+    assert ((native.pack(weight)(x) - exact).abs() <= 32 * 2.0**-11 * exact.abs()).all()
+
+
 def test_rows_of_all_magnitudes() -> None:
     torch.manual_seed(0)
     for size in (1e-6, 1.0, 1e4):
         check_product(size * torch.randn(14, 130), matrix(50, 130), None)
-    sizes = torch.logspace(-6, 4, 40)[:, None]
-    check_product(sizes * torch.randn(40, 130), matrix(50, 130), torch.randn(50))
+    sizes = torch.logspace(-30, 30, 41)[:, None]
+    check_product(sizes * torch.randn(41, 130), matrix(50, 130), torch.randn(50))
     one_is_large = torch.randn(40, 130)
     one_is_large[:, 7] = 1e4
     check_product(one_is_large, matrix(50, 130), None)

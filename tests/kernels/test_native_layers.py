@@ -27,7 +27,8 @@ from tests.kernels.native_cases import (
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
-# Of what a step adds to a row: several products one after the other, and a softmax between.
+# Of the size of what a step adds to a row, and of what it adds on average, as it may add little to
+# one: several products one after the other, and a softmax between.
 ROW = 1e-2
 
 DECODES = ((5, 1), (0, 1), (17, 1), (30, 1), (3, 1))
@@ -76,8 +77,8 @@ def check_rows(batch: Batch, got: torch.Tensor, want: torch.Tensor) -> None:
     """Rows of residual streams, ``got`` those that were wanted."""
     want, before = want[batch.wanted], batch.x.double()[batch.wanted]
     assert got.shape == want.shape
-    error = (got - want).norm(dim=1)
-    assert (error <= ROW * (want - before).norm(dim=1)).all(), error.max()
+    error, size = (got - want).norm(dim=1), (want - before).norm(dim=1)
+    assert (error <= ROW * (size + size.mean()) / 2).all()
 
 
 def run(layers: native.Layers, batch: Batch) -> torch.Tensor:
@@ -213,8 +214,7 @@ def test_a_sequence_alone_gets_what_it_gets_among_others(name: str) -> None:
     for sequence in range(len(case.lengths)):
         rows = rows_of(batch, sequence)
         alone = run(layers, picked(batch, [sequence]))
-        error = (alone - result[rows]).norm(dim=1)
-        assert (error <= ROW * (result - batch.x)[rows].norm(dim=1)).all()
+        check_rows(picked(batch, [sequence]), alone, result[rows].double())
 
 
 @pytest.mark.parametrize("name", ["mixed", "long-and-new"])
