@@ -10,6 +10,8 @@ import random
 import statistics
 import time
 
+from mell_kernels import native
+
 from mell_ray.config import EngineConfig
 from mell_ray.engine.engine import Engine
 from mell_ray.engine.model import load_model
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
+    native.library = lambda: None  # compiled layers have their own
     configs = {
         name: EngineConfig(
             dtype=args.dtype,

@@ -1,7 +1,8 @@
 """The matrix products of a workload and nothing else: what no engine with these products can beat.
 
 They are called as the engine calls them, in its fastest layouts: those of each prompt at once,
-without the logits of tokens that are not sampled, and those of steps that decode for everybody.
+without the logits of tokens that are not sampled, and those of steps that decode for everybody. All
+logits are computed, which the engine's screen saves where it can: so it can be faster.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from mell_kernels.linear import Linear, padded_rows
+from mell_kernels.native import Packed
 from transformers import AutoModelForCausalLM
 
-from mell_ray.engine.fused import fuse
+from mell_ray.engine.fused import MixedDecoder, fuse
 
 _TIMES = 20
 
@@ -31,8 +33,8 @@ class Products:
         fused = fuse(loaded.requires_grad_(False), copies_share=0.25)
         if fused is None:
             raise SystemExit(f"{model} is not made of Llama's block: its products are not known")
-        *self._layers, self._head = fused.linears()
-        self._widths = {id(linear): linear.plain()[0].shape[1] for linear in fused.linears()}
+        self._few = fused.few if isinstance(fused, MixedDecoder) else fused
+        self._many = fused.many if isinstance(fused, MixedDecoder) else fused
 
     @torch.inference_mode()
     def run(self, requests: list[dict[str, Any]], concurrency: int) -> dict[str, float]:
@@ -52,18 +54,22 @@ class Products:
 
     def _step_s(self, rows: int, sampled: int) -> float:
         """Of a step of ``rows`` tokens, ``sampled`` of which are followed by another."""
-        layers = [(linear, self._input(linear, rows)) for linear in self._layers]
-        head = self._head, self._input(self._head, sampled)
+        decoder = self._few if rows <= MixedDecoder.FEW else self._many
+        *layers, head = decoder.matrices()
+        inputs = [_input(matrix, rows) for matrix in layers]
 
         def products() -> None:
-            for linear, x in (*layers, head):
-                linear(x)
+            for matrix, x in zip((*layers, head), (*inputs, _input(head, sampled)), strict=True):
+                matrix(x)
 
         return _median_s(products)
 
-    def _input(self, linear: Linear, rows: int) -> torch.Tensor:
-        rows = padded_rows(rows) if linear.is_compiled(rows) else rows
-        return torch.ones(rows, self._widths[id(linear)], dtype=linear.input_dtype(rows))
+
+def _input(matrix: Linear | Packed, rows: int) -> torch.Tensor:
+    if isinstance(matrix, Packed):
+        return torch.ones(rows, matrix.k)
+    rows = padded_rows(rows) if matrix.is_compiled(rows) else rows
+    return torch.ones(rows, matrix.plain()[0].shape[1], dtype=matrix.input_dtype(rows))
 
 
 def _median_s(run: Callable[[], None]) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from mell_kernels import native
+
 from mell_ray.bench.closed_loop import run_closed_loop
 from mell_ray.bench.workload import LengthRange, random_requests
 from mell_ray.config import EngineConfig
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    native.library = lambda: None  # compiled layers have their own
     config = EngineConfig(
         dtype=args.dtype,
         num_threads=args.threads,

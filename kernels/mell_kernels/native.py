@@ -268,6 +268,13 @@ class Layers:
         self._room, self._room_for = torch.empty(0), (0, 0)
         self._rows: dict[str, torch.Tensor] = {}
 
+    def matrices(self) -> list[Packed]:
+        return [
+            matrix
+            for each in self._weights
+            for matrix in (each.qkv, each.out, each.gate_up, each.down)
+        ]
+
     def __getstate__(self) -> dict[str, Any]:
         skipped = ("_layers", "_step", "_room", "_room_for", "_rows", "_scales", "_normed")
         return {name: value for name, value in self.__dict__.items() if name not in skipped}

@@ -30,7 +30,6 @@ from mell_ray.engine.fused_block import Layer, Matrix, Norm, Rotary, with_rows
 from mell_ray.engine.host_memory import free_bytes
 from mell_ray.engine.native_decoder import NativeDecoder, can_be_native
 
-_FEW = 32  # tokens of a step that compiled code runs beside a matrix unit
 COPY_AFTER_S = 1.0  # after weights have been found: the first tokens come before
 # Decoders made of this block, by model_type, with the activation they have been checked with.
 # None of these makes anything larger than it was, which the bounds here rely on.
@@ -84,7 +83,7 @@ class FusedDecoder:
             else Matrix.of(model, "lm_head").packed(bound)
         )
         if self._has_room_for_narrow():
-            add_narrow(self.linears())
+            add_narrow(self.matrices())
         weight = self._screened_weight()
         self._screen = None if weight is None else screen.Screen(weight)
 
@@ -109,7 +108,7 @@ class FusedDecoder:
             return None
         return self._embedding.weight if self._tied else self._head.plain()[0]
 
-    def linears(self) -> list[Linear]:
+    def matrices(self) -> list[Linear]:
         return [*(linear for layer in self._layers for linear in layer.linears()), self._head]
 
     def __call__(
@@ -178,6 +177,8 @@ class FusedDecoder:
 class NoContext:
     """Stands for a batch where only the shapes of what a layer computes count."""
 
+    pool = None
+
     def attend(self, layer: int, query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         del layer
         return query
@@ -190,7 +191,7 @@ def _complete(reference: weakref.ref[FusedDecoder]) -> None:
     if decoder is None:
         return
     narrow_room = decoder._has_room_for_narrow()
-    linears = [weakref.ref(linear) for linear in decoder.linears()] if narrow_room else []
+    linears = [weakref.ref(linear) for linear in decoder.matrices()] if narrow_room else []
     del decoder
     for each in linears:
         linear = each()
@@ -212,17 +213,19 @@ class MixedDecoder:
     """Steps of few tokens by compiled code; those of many by a CPU's matrix unit, which only
     libraries use."""
 
+    FEW = 32
+
     def __init__(self, model: Any, copies_share: float) -> None:
-        self._few = NativeDecoder(model, keeps=True)
-        self._many = FusedDecoder(model, copies_share)
+        self.few = NativeDecoder(model, keeps=True)
+        self.many = FusedDecoder(model, copies_share)
 
     def __call__(self, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
         """See ``FusedDecoder``."""
-        some = self._few if len(input_ids) <= _FEW else self._many
+        some = self.few if len(input_ids) <= self.FEW else self.many
         return some(input_ids, *args)
 
     def compile_products(self, max_tokens: int, max_logits: int, limit_s: float) -> None:
-        self._many.compile_products(max_tokens, max_logits, limit_s)
+        self.many.compile_products(max_tokens, max_logits, limit_s)
 
 
 Decoder = FusedDecoder | NativeDecoder | MixedDecoder

@@ -64,6 +64,9 @@ class NativeDecoder:
         logits = x if self._divisor == 1.0 else x / self._divisor
         return ops.likeliest(logits) if likeliest else logits
 
+    def matrices(self) -> list[native.Packed]:
+        return [*self._layers.matrices(), self._head]
+
     def compile_products(self, max_tokens: int, max_logits: int, limit_s: float) -> None:
         """They are compiled already."""
 

@@ -329,7 +329,7 @@ def test_copies_stay_within_their_share_of_the_free_memory(
     monkeypatch.setattr(fused, "COPY_AFTER_S", 0.0)
     found = WeightImage.of(loaded, "mell-weights-copies", 1 << 30).load()
     for each in (loaded, found):
-        for linear in each.fused.linears():
+        for linear in each.fused.matrices():
             wait_for(lambda linear=linear: linear.input_dtype(8) == few)
             assert linear.input_dtype(64) == many
 

@@ -55,7 +55,7 @@ def test_packed_bfloat16_answers_the_same_from_its_image(monkeypatch: pytest.Mon
     found = image_of(model).load()
     assert model.fused is not None
     assert found.fused is not None
-    for one, other in zip(model.fused.linears(), found.fused.linears(), strict=True):
+    for one, other in zip(model.fused.matrices(), found.fused.matrices(), strict=True):
         wait_for(lambda a=one, b=other: a.input_dtype(1) == b.input_dtype(1))
     assert answers(found) == answers(model)
 
