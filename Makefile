@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONFIG ?=
 # What an installation is made of: when it changes, so does what has been compiled of it.
 INSTALLED := pyproject.toml constraints.txt $(wildcard kernels/native/*)
+# pip does not say what was not compiled.
+SAY_WHETHER_COMPILED = @ls kernels/mell_kernels/_native_*.so >/dev/null 2>&1 \
+  || echo "No kernels were compiled for this CPU (is g++ there?): kernels/README.md says what that means."
 # A package index that is slow for a while is waited for.
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 10
@@ -37,11 +40,13 @@ $(VENV)/bin/python:
 $(VENV)/.served: $(INSTALLED) | $(VENV)/bin/python
 	@echo "Installing mell-ray into $(VENV); the first time takes minutes."
 	$(PIP) -e .
+	$(SAY_WHETHER_COMPILED)
 	@touch $@
 
 $(VENV)/.tested: $(INSTALLED) | $(VENV)/bin/python
 	@echo "Installing mell-ray and its test tools into $(VENV); the first time takes minutes."
 	$(PIP) -e '.[test]'
+	$(SAY_WHETHER_COMPILED)
 	@touch $@
 
 clean:
