@@ -27,11 +27,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Give the ``mell_ray`` loggers of this process a handler of their own."""
-    root = logging.getLogger("mell_ray")
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(JsonFormatter())
-        root.addHandler(handler)
-        root.propagate = False
-    root.setLevel(level)
+    """Give the loggers of our packages a handler of their own in this process."""
+    for package in ("mell_ray", "mell_kernels"):
+        root = logging.getLogger(package)
+        if not root.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(JsonFormatter())
+            root.addHandler(handler)
+            root.propagate = False
+        root.setLevel(level)
