@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from mell_kernels import native
+from mell_kernels import native, screen
+from mell_kernels.native_screen import NativeScreen
 
 from mell_ray.engine import Engine, LoadedModel, fused, gate, load_model
 from mell_ray.engine.model import PagedKV
@@ -54,13 +55,13 @@ class Subject:
 
 
 @cache
-def made(name: str) -> Any:
+def made(name: str, **changes: Any) -> Any:
     config = CONFIGS[name]()
     # Heads of 32 dimensions, as compiled code wants them at least, and scores of about 1.
     sizes = {"hidden_size": 128, "intermediate_size": 90, "initializer_range": 0.09}
     if getattr(config, "head_dim", None) is not None:
         sizes["head_dim"] = 32
-    config.update(sizes)
+    config.update({**sizes, **changes})
     model = build(config)
     for parameter in model.parameters():  # norms of one and biases of zero would prove nothing
         if parameter.dim() == 1:
@@ -129,6 +130,36 @@ def agree(model: Subject, some: list[list[int]], others: list[list[int]], room: 
         known = int((~is_sure).nonzero()[0]) if (~is_sure).any() else LENGTH
         assert other[:known] == one[:known]
     assert sure >= 3 * LENGTH
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "granite", "qwen3"])
+def test_the_likeliest_token_without_most_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Alone and beside a request that wants other logits; also from an image."""
+    monkeypatch.setattr(screen, "_SMALLEST", 1)
+    model = made(name, vocab_size=4000)
+    exact = exact_of(model)
+    loaded = load_model(copy.deepcopy(model), small_config())
+    told: list[int] = []
+
+    def noted(self: NativeScreen, x: torch.Tensor, *args: Any) -> torch.Tensor | None:
+        ids = likeliest(self, x, *args)
+        told.append(0 if ids is None else len(ids))
+        return ids
+
+    likeliest = NativeScreen.likeliest
+    monkeypatch.setattr(NativeScreen, "likeliest", noted)
+    for each in (loaded, WeightImage.of(loaded, "mell-weights-screened", 1 << 30).load()):
+        for others in (0, 1):
+            engine = Engine(each, small_config())
+            for i in range(others):
+                engine.add(request(f"other{i}", ASKED[0], LENGTH // 2, temperature=1.0))
+            told.clear()
+            for prompt, tokens in zip(ASKED, answers(engine), strict=True):
+                Subject(exact, each).check(prompt, tokens, SURE["auto"])
+            assert sum(told) > LENGTH
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "granite"])

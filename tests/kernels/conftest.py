@@ -56,7 +56,10 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 _OLDER = {
     "avx2": {"avx2", "fma3"},
-    "avx512": {"avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"},
+    "avx512": {
+        *("avx2", "fma3", "avx512_vnni"),
+        *("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),
+    },
 }
 
 
