@@ -83,7 +83,7 @@ def test_rows_of_all_magnitudes() -> None:
     for size in (1e-6, 1.0, 1e4):
         check_product(size * torch.randn(14, 130), matrix(50, 130), None)
     sizes = torch.logspace(-30, 30, 41)[:, None]
-    check_product(sizes * torch.randn(41, 130), matrix(50, 130), torch.randn(50))
+    check_product(sizes * torch.randn(41, 130), matrix(50, 130), None)
     one_is_large = torch.randn(40, 130)
     one_is_large[:, 7] = 1e4
     check_product(one_is_large, matrix(50, 130), None)

@@ -64,14 +64,24 @@ def test_weights_of_all_magnitudes() -> None:
     assert head.likeliest(x) == head.exact(x)
 
 
-def test_outputs_that_int8_cannot_tell_apart() -> None:
-    """Of each forty the weights differ by less than their rounding to int8."""
+@pytest.mark.parametrize("rounded", ["both", "inputs", "weights"])
+def test_outputs_that_int8_cannot_tell_apart(rounded: str) -> None:
+    """Of each forty the weights differ by less than what is rounded away: of them, or of what they
+    are multiplied by, while codes of the other are exact."""
     torch.manual_seed(0)
-    weight = torch.randn(200, 1, 64) + 4e-3 * torch.randn(200, 40, 64)
-    head = Head(weight.flatten(0, 1))
-    for _ in range(20):
+    if rounded == "inputs":  # whole numbers to 127
+        weight = torch.randint(-100, 101, (100, 1, 64)) + torch.randint(-1, 2, (100, 40, 64))
+        weight[..., 0] = 127
+    else:
+        weight = torch.randn(100, 1, 64) + 4e-3 * torch.randn(100, 40, 64)
+    head = Head(weight.flatten(0, 1)[torch.randperm(4000)])
+    if rounded == "weights":  # inputs that only differ by their signs
+        head.gain.fill_(1.0)
+    for _ in range(40):
         head.screen.pause = 0
         x = torch.randn(3, 64)
+        if rounded == "weights":
+            x.sign_()
         assert head.likeliest(x) == head.exact(x)
 
 
