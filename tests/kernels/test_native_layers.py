@@ -4,6 +4,8 @@ for."""
 from __future__ import annotations
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -279,6 +281,24 @@ def test_two_models_by_turns() -> None:
         for count, case, each, result in zip((1, 2), pair, layers, alone, strict=True):
             with threads(count):
                 assert torch.equal(run(each, Batch(case)), result)
+
+
+def test_two_models_at_the_same_time() -> None:
+    """In two threads of Python, each with threads of its own."""
+    pair = [CASES["long-and-new"], CASES["everything"]]
+    layers = [native_layers(case, plain_layers(case)) for case in pair]
+    alone = [run(each, Batch(case)) for case, each in zip(pair, layers, strict=True)]
+    start = threading.Barrier(2, timeout=60)
+
+    def use(index: int) -> list[torch.Tensor]:
+        batches = [Batch(pair[index]) for _ in range(8)]
+        with threads(2 + index):
+            start.wait()
+            return [run(layers[index], batch) for batch in batches]
+
+    with ThreadPoolExecutor(2) as pool:
+        for results, result in zip(pool.map(use, range(2)), alone, strict=True):
+            assert all(torch.equal(each, result) for each in results)
 
 
 def test_what_is_pickled_comes_back() -> None:
