@@ -369,7 +369,7 @@ void attend(const Layer &layer, int64_t index, Step &step, Team team) {
     }
   }
   if (!step.splits) return;
-#pragma omp barrier
+  team.wait();
   item = piece = 0;
   for (int64_t s = 0; s < step.sequences; s++) {
     int64_t length = step.lengths[s];

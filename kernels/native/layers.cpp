@@ -32,7 +32,7 @@ void prepare_normalised(const Step &step, const float *gain, float eps, int64_t 
     normalise(step.x + row * step.x_stride, gain, eps, step.hidden, normed);
     prepare(normed, step.hidden, row, step.prepared, step.prepared_stride, step.scales);
   }
-#pragma omp barrier
+  team.wait();
 }
 
 // Inputs that lie in rows of odd numbers of cache lines already.
@@ -41,7 +41,7 @@ Inputs prepared(const Step &step, const float *x, int64_t stride, int64_t size, 
 #if MELL_HALVES
   for (int64_t row = team.index; row < rows; row += team.count)
     prepare(x + row * stride, size, row, step.prepared, step.prepared_stride, step.scales);
-#pragma omp barrier
+  team.wait();
   return inputs(step);
 #else
   (void)step, (void)size, (void)rows, (void)team;
@@ -86,9 +86,9 @@ void before_attention(const Layer &layer, int64_t index, Step &step, Team team) 
   if (team.index == 0) step.next = 0;
   multiply(layer.qkv, inputs(step), step.tokens, Epilogue::STORE, 1.0f, step.qkv, step.qkv_stride,
            team);
-#pragma omp barrier
+  team.wait();
   place(layer, index, step, team);
-#pragma omp barrier
+  team.wait();
 }
 
 // The rows that are wanted move to the front.
@@ -98,7 +98,7 @@ void keep(float *rows, int64_t stride, int64_t size, const int64_t *wanted, int6
 }
 
 void after_attention(const Layer &layer, bool last, Step &step, Team team) {
-#pragma omp barrier
+  team.wait();
   int64_t rows = step.tokens;
   if (last && step.num_wanted < step.tokens) {
     rows = step.num_wanted;
@@ -106,23 +106,25 @@ void after_attention(const Layer &layer, bool last, Step &step, Team team) {
       keep(step.attended, step.attended_stride, step.heads * step.head_dim, step.wanted, rows);
       keep(step.x, step.x_stride, step.hidden, step.wanted, rows);
     }
-#pragma omp barrier
+    team.wait();
   }
   Inputs attended = prepared(step, step.attended, step.attended_stride,
                              step.heads * step.head_dim, rows, team);
   multiply(layer.out, attended, rows, Epilogue::ADD, layer.factor, step.x, step.x_stride, team);
-#pragma omp barrier
+  team.wait();
   prepare_normalised(step, layer.norm_2, layer.eps, rows, team);
   multiply(layer.gate_up, inputs(step), rows,
            layer.gelu ? Epilogue::GATE_GELU : Epilogue::GATE_SILU, 1.0f, step.gated,
            step.gated_stride, team);
-#pragma omp barrier
+  team.wait();
   Inputs gated = prepared(step, step.gated, step.gated_stride, step.width, rows, team);
   multiply(layer.down, gated, rows, Epilogue::ADD, layer.factor, step.x, step.x_stride, team);
-#pragma omp barrier
+  team.wait();
 }
 
-Team team() { return {omp_get_thread_num(), omp_get_num_threads()}; }
+Team member(Barrier &barrier) {
+  return {omp_get_thread_num(), omp_get_num_threads(), &barrier};
+}
 
 }  // namespace
 }  // namespace mell
@@ -140,37 +142,44 @@ int mell_halves() { return MELL_HALVES; }
 
 // All layers of a step whose keys and values are in the pool.
 void mell_layers(const Layer *layers, Step *step, int threads) {
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  for (int64_t i = 0; i < step->num_layers; i++) {
-    before_attention(layers[i], i, *step, team());
-    attend(layers[i], i, *step, team());
-    after_attention(layers[i], i == step->num_layers - 1, *step, team());
+  {
+    Team team = member(barrier);
+    for (int64_t i = 0; i < step->num_layers; i++) {
+      before_attention(layers[i], i, *step, team);
+      attend(layers[i], i, *step, team);
+      after_attention(layers[i], i == step->num_layers - 1, *step, team);
+    }
   }
 }
 
 // The two halves of layer `index`, where another computes its attention.
 void mell_before_attention(int64_t index, const Layer *layers, Step *step, int threads) {
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  before_attention(layers[index], index, *step, team());
+  before_attention(layers[index], index, *step, member(barrier));
 }
 
 void mell_after_attention(int64_t index, const Layer *layers, Step *step, int threads) {
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  after_attention(layers[index], index == step->num_layers - 1, *step, team());
+  after_attention(layers[index], index == step->num_layers - 1, *step, member(barrier));
 }
 
 // y = x W^T + bias of any rows.
 void mell_multiply(const Matrix *matrix, const float *x, int64_t x_stride, int64_t rows,
                    float *prepared, int64_t stride, float *scales, float *y, int64_t y_stride,
                    int threads) {
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
-    Team all = team();
-    for (int64_t row = all.index; row < rows; row += all.count)
+    Team team = member(barrier);
+    for (int64_t row = team.index; row < rows; row += team.count)
       prepare(x + row * x_stride, matrix->k, row, prepared, stride, scales);
-#pragma omp barrier
+    team.wait();
     multiply(*matrix, {reinterpret_cast<const Input *>(prepared), scales, stride}, rows,
-             Epilogue::STORE, 1.0f, y, y_stride, all);
+             Epilogue::STORE, 1.0f, y, y_stride, team);
   }
 }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "barrier.h"
 #include "vectors.h"
 
 namespace mell {
@@ -55,6 +56,11 @@ struct Step {
 // One of `count` threads that all do the same.
 struct Team {
   int64_t index, count;
+  Barrier *barrier;
+
+  void wait() const {
+    if (count > 1) barrier->wait(count);
+  }
 };
 
 // step.attended = attention of step.qkv's queries over the pool, which has their keys already.

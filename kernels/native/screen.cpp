@@ -177,18 +177,19 @@ extern "C" {
 int64_t mell_likeliest(const Screen *screen, const Matrix *matrix, const float *x, int64_t x_stride,
                        const float *gain, float eps, Rows *rows, int threads) {
   int64_t computed = 0;
+  Barrier barrier;
 #pragma omp parallel num_threads(threads) reduction(+ : computed)
   {
-    Team team{omp_get_thread_num(), omp_get_num_threads()};
+    Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
     for (int64_t row = team.index; row < rows->count; row += team.count) {
       normalise(x + row * x_stride, gain, eps, matrix->k, rows->normed + row * rows->stride);
       encode(*rows, row, matrix->k);
     }
-#pragma omp barrier
+    team.wait();
     bound_all(*screen, *rows, matrix->n, team);
-#pragma omp barrier
+    team.wait();
     for (int64_t row = 0; row < rows->count; row++) computed += decide(*matrix, *rows, row, team);
-#pragma omp barrier
+    team.wait();
     if (team.index == 0)
       for (int64_t row = 0; row < rows->count; row++)
         for (int64_t t = 1; t < team.count; t++) {
