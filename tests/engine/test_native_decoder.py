@@ -224,6 +224,17 @@ def test_where_nothing_is_compiled_torch_computes_the_same(
     agree(model, expected, answers(Engine(loaded, small_config())), 2 * ROOM)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
+def test_the_model_gives_its_matrices_away(name: str) -> None:
+    """Else they would be held twice. Embeddings and norms are left."""
+    model = copy.deepcopy(made(name))
+    count = model.num_parameters()
+    kept = sum(p.numel() for n, p in model.named_parameters() if "embed" in n or "norm" in n)
+    loaded = load_model(model, small_config())
+    assert loaded.num_parameters == count
+    assert sum(p.numel() for p in model.parameters()) == kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_are_left_to_torch(dtype: torch.dtype) -> None:
     loaded = load_model(copy.deepcopy(made("llama")).to(dtype), small_config())
