@@ -216,7 +216,7 @@ class MixedDecoder:
     FEW = 32
 
     def __init__(self, model: Any, copies_share: float) -> None:
-        self.few = NativeDecoder(model, keeps=True)
+        self.few = NativeDecoder(model, copies_share, keeps=True)
         self.many = FusedDecoder(model, copies_share)
 
     def __call__(self, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -243,7 +243,7 @@ def fuse(model: PreTrainedModel, copies_share: float) -> Decoder | None:
         return None
     if can_be_native(model):
         if not torch.cpu.get_capabilities().get("amx_bf16"):
-            return NativeDecoder(model)
+            return NativeDecoder(model, copies_share)
         if sum(linear.weight.nbytes for linear in _linears(model)) <= copies_share * free_bytes():
             return MixedDecoder(model, copies_share)
     return FusedDecoder(model, copies_share)

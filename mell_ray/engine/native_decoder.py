@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from mell_kernels import native, ops
 from mell_kernels.native_screen import NativeScreen, is_possible
+from mell_kernels.screen import nbytes
 
 from mell_ray.engine.fused_block import Matrix, Norm, Rotary, window_of
+from mell_ray.engine.host_memory import free_bytes
 
 
 class NativeDecoder:
     """Runs a whole model: ids to logits. Takes the weights of its matrices out of it, unless
     ``keeps``."""
 
-    def __init__(self, model: Any, keeps: bool = False) -> None:
+    def __init__(self, model: Any, copies_share: float, keeps: bool = False) -> None:
+        """``copies_share``: share of the host's free memory that a screen of the matrix that gives
+        the logits may take."""
         decoder, config = model.model, model.config
         self._embedding = decoder.embed_tokens
         self._factor = float(getattr(config, "embedding_multiplier", 1.0))
@@ -33,8 +37,13 @@ class NativeDecoder:
         self._norm = Norm(decoder.norm)
         head = Matrix.of(model, "lm_head")
         self._head = native.pack(head.weight, head.bias)
-        can_be_screened = head.bias is None and self._divisor > 0 and is_possible(head.weight)
-        self._screen = NativeScreen.of(head.weight) if can_be_screened else None
+        has_screen = (
+            head.bias is None
+            and self._divisor > 0
+            and nbytes(head.weight) <= copies_share * free_bytes()
+            and is_possible(head.weight)
+        )
+        self._screen = NativeScreen.of(head.weight) if has_screen else None
         if not keeps and head.weight is not self._embedding.weight:
             head.give_up()
 
