@@ -213,7 +213,7 @@ class MixedDecoder:
     """Steps of few tokens by compiled code; those of many by a CPU's matrix unit, which only
     libraries use."""
 
-    FEW = 32
+    FEW = 64
 
     def __init__(self, model: Any, copies_share: float) -> None:
         self.few = NativeDecoder(model, copies_share, keeps=True)
@@ -241,7 +241,7 @@ def fuse(model: PreTrainedModel, copies_share: float) -> Decoder | None:
     """
     if model.device.type != "cpu" or not _is_llama_block(model):
         return None
-    if can_be_native(model):
+    if all(m.weight.dtype == torch.bfloat16 for m in _linears(model)) and can_be_native(model):
         if not torch.cpu.get_capabilities().get("amx_bf16"):
             return NativeDecoder(model, copies_share)
         if sum(linear.weight.nbytes for linear in _linears(model)) <= copies_share * free_bytes():

@@ -81,10 +81,10 @@ class NativeDecoder:
 
 
 def can_be_native(model: Any) -> bool:
-    """Whether a model made of Llama's block can be run so."""
+    """Whether a model made of Llama's block, its matrices in bfloat16, can be run so."""
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     inputs = [attention.o_proj.in_features, mlp.down_proj.in_features, model.config.hidden_size]
-    return model.dtype == torch.bfloat16 and native.is_possible(attention.head_dim, inputs)
+    return native.is_possible(attention.head_dim, inputs)
 
 
 def _weights(layer: Any, keeps: bool) -> native.LayerWeights:

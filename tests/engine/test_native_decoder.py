@@ -249,6 +249,7 @@ def test_steps_of_few_tokens_beside_steps_of_many(monkeypatch: pytest.MonkeyPatc
         patch.setattr(fused.torch.cpu, "get_capabilities", lambda: {**own, "amx_bf16": True})
         loaded = load_model(copy.deepcopy(made(FIRM)), small_config())
     assert isinstance(loaded.fused, fused.MixedDecoder)
+    monkeypatch.setattr(fused.MixedDecoder, "FEW", 32)
     told = {"few": 0, "many": 0}
 
     def counted(name: str) -> Any:
