@@ -119,7 +119,9 @@ def migration(
             help="Only this part; repeatable: transport, kv, token, hybrid, others, choice."
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.BFLOAT16,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; float32 is what CPU replicas use by default.")
+    ] = Dtype.FLOAT32,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
 ) -> None:
     """What live migration costs: stalls, other requests, transport, choice of a mode.

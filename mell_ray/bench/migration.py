@@ -66,7 +66,7 @@ class MigrationBenchOptions:
     grid_contexts: tuple[int, ...] = (256, 1024, 3072)
     grid_bytes_per_s: tuple[float, ...] = (2e6, 10e6, 50e6, 1e9)
     grid_loads: tuple[int, ...] = (0, 3)
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     seed: int = 0
 
 
@@ -120,8 +120,12 @@ class _Bench:
     def _prompt(self, num_tokens: int) -> list[int]:
         return [self._random.randrange(3, VOCABULARY) for _ in range(num_tokens)]
 
-    async def _running(self, context: int, max_tokens: int, on: int = 0) -> Watched:
-        watched = await self._rig.submit(self._rig.replicas[on], self._prompt(context), max_tokens)
+    async def _running(self, context: int) -> Watched:
+        """A request that decodes until somebody ends it, or its context is full."""
+        first = self._rig.replicas[0]
+        assert first.info is not None
+        room = first.info.max_model_len - context
+        watched = await self._rig.submit(first, self._prompt(context), room)
         await watched.reached(2)
         return watched
 
@@ -143,7 +147,7 @@ class _Bench:
         each = max(2, round(moves / len(contexts)))
         for context in contexts:
             self._on_phase(f"{mode} migrations of {context} tokens")
-            watched = await self._running(context, 10 * each * TOKENS_BETWEEN_MOVES)
+            watched = await self._running(context)
             for _ in range(each):
                 await watched.reached(watched.num_tokens + TOKENS_BETWEEN_MOVES)
                 await self._move(watched, mode)
@@ -167,7 +171,7 @@ class _Bench:
 
     async def others(self) -> dict[str, Any]:
         self._on_phase("other requests, with and without migrations beside them")
-        moved = await self._running(512, 7000)
+        moved = await self._running(512)
         async with self._load((0, 1)) as load:
             found = await measure_beside(
                 load, moved, self._move_on, self._options.windows, self._options.window_s
@@ -203,7 +207,7 @@ class _Bench:
         context = min(blocks * info.block_size, info.max_model_len - 64)
         moving, watched = Transfers(self._rig), []
         for _ in range(REQUESTS):
-            watched.append(await self._running(context, 8))
+            watched.append(await self._running(context))
             await moving.add(watched[-1])
         found = await measure_transport(moving, self._options.transfers)
         await moving.close()
@@ -259,7 +263,7 @@ class _Bench:
         self, context: int, bytes_per_s: float, cost: CostModel, gpus: list[Gpu]
     ) -> dict[str, float]:
         """Seconds of each mode, back and forth, and let the cost model learn from them."""
-        watched = await self._running(context, 4000)
+        watched = await self._running(context)
         took: dict[str, list[float]] = {"kv": [], "token": []}
         modes: tuple[Mode, ...] = ("kv", "token", "kv", "token")
         for i, mode in enumerate(modes):
