@@ -16,8 +16,8 @@ namespace mell {
 namespace {
 
 constexpr int64_t WIDEST = 256;   // head_dim
-constexpr float HIDDEN = -1e30f;  // the score of a key out of reach: finite, so that rows of it are
-constexpr int FEW = 4;
+constexpr float HIDDEN = -1e30f;  // the score of a key out of reach: finite, as differences of it are
+constexpr int FEW = 4;            // queries
 constexpr int64_t CACHE_LINE = 32;  // in bfloat16
 constexpr int SUM = 0, MOST = 1;  // behind the head_dim sums of a piece
 

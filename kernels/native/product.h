@@ -10,12 +10,18 @@ namespace mell {
 constexpr int PANEL = 64;  // outputs whose weights lie together
 using Input = uint32_t;    // a float16, twice
 constexpr int INPUTS = 32;  // a row's inputs are filled up with zeros to a multiple of it
+constexpr int64_t CHUNK = 128;  // inputs at a time: a tile's weights stay in the first cache
+constexpr int TILE_ROWS = 12;   // and two vectors of outputs: 24 of 32 registers are sums
 #else
 #define MELL_HALVES 0
 constexpr int PANEL = 2 * LANES;
 using Input = float;
 constexpr int INPUTS = 2;
+constexpr int64_t CHUNK = 256;
+constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;
 #endif
+
+inline int64_t filled_up(int64_t inputs) { return (inputs + INPUTS - 1) / INPUTS * INPUTS; }
 
 struct Inputs {
   const Input *rows;
@@ -28,6 +34,11 @@ enum class Epilogue { STORE, ADD, GATE_SILU, GATE_GELU };
 // Row `row` of float32 inputs, `size` of them, as a product wants it in `prepared`.
 void prepare(const float *x, int64_t size, int64_t row, float *prepared, int64_t stride,
              float *scales);
+
+// Up to TILE_ROWS rows times one panel of weights: sums[r, 0:PANEL] = or += x[r] W^T. Weights are
+// fetched before their turn if nobody has read them.
+void multiply_tile(bool fetch, int rows, const uint16_t *weight, const Input *x, int64_t x_stride,
+                   int64_t inputs, float *sums, bool add);
 
 // y = x W^T + bias, added to `y` times `factor` or gated, as the epilogue says.
 void multiply(const Matrix &matrix, Inputs x, int64_t rows, Epilogue epilogue, float factor,

@@ -18,9 +18,6 @@ namespace {
 
 using Sixteens [[gnu::vector_size(64), gnu::aligned(2), gnu::may_alias]] = _Float16;
 
-constexpr int ROWS = 12;      // rows and two vectors of outputs: 24 of 32 registers are sums
-constexpr int64_t CHUNK = 128;  // inputs at a time: a tile's weights stay in the first cache
-constexpr int64_t BAND = 96;  // rows at a time: their inputs stay in the second
 constexpr int AHEAD = 16;     // inputs by which weights are fetched before their turn
 constexpr int EXPONENT = 4;   // of the largest number of a row
 static_assert(PANEL == 64 && CHUNK % INPUTS == 0);
@@ -67,7 +64,7 @@ void tile(const uint16_t *weight, const Input *x, int64_t x_stride, int64_t inpu
   }
 }
 
-template <bool FETCH, int COUNT = ROWS>
+template <bool FETCH, int COUNT = TILE_ROWS>
 void any_tile(int rows, const uint16_t *weight, const Input *x, int64_t x_stride, int64_t inputs,
               float *y, bool add) {
   if (rows == COUNT) return tile<COUNT, FETCH>(weight, x, x_stride, inputs, y, add);
@@ -82,8 +79,6 @@ float power_of_two(int power) {
   memcpy(&result, &bits, sizeof result);
   return result;
 }
-
-int64_t filled_up(int64_t size) { return (size + INPUTS - 1) / INPUTS * INPUTS; }
 
 }  // namespace
 
@@ -117,31 +112,10 @@ void prepare(const float *x, int64_t size, int64_t row, float *prepared, int64_t
   }
 }
 
-void multiply(const Matrix &matrix, Inputs x, int64_t rows, Epilogue epilogue, float factor,
-              float *y, int64_t y_stride, Team team) {
-  alignas(64) float sums[BAND * PANEL];
-  int64_t inputs = filled_up(matrix.k), panels = (matrix.n + PANEL - 1) / PANEL;
-  int64_t from = panels * team.index / team.count, to = panels * (team.index + 1) / team.count;
-  auto weights = static_cast<const uint16_t *>(matrix.weight);
-  for (int64_t start = 0; start < rows; start += BAND) {
-    int64_t band = rows - start < BAND ? rows - start : BAND;
-    int64_t tiles = (band + ROWS - 1) / ROWS;
-    for (int64_t panel = from; panel < to; panel++) {
-      const uint16_t *weight = weights + panel * inputs * PANEL;
-      for (int64_t input = 0; input < inputs; input += CHUNK) {
-        int64_t some = inputs - input < CHUNK ? inputs - input : CHUNK;
-        for (int64_t i = 0; i < tiles; i++) {
-          int64_t row = band * i / tiles, count = band * (i + 1) / tiles - row;
-          auto product = i ? any_tile<false> : any_tile<true>;
-          product(int(count), weight + input * PANEL, x.rows + (start + row) * x.stride + input,
-                  x.stride, some, sums + row * PANEL, input > 0);
-        }
-      }
-      for (int64_t row = 0; row < band; row++)
-        finish(matrix, panel * PANEL, sums + row * PANEL, x.scales[start + row], epilogue, factor,
-               y + (start + row) * y_stride);
-    }
-  }
+void multiply_tile(bool fetch, int rows, const uint16_t *weight, const Input *x, int64_t x_stride,
+                   int64_t inputs, float *sums, bool add) {
+  auto product = fetch ? any_tile<true> : any_tile<false>;
+  product(rows, weight, x, x_stride, inputs, sums, add);
 }
 
 Floats outputs(const Matrix &matrix, int64_t group, const float *x) {

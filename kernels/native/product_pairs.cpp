@@ -8,42 +8,18 @@
 #if !MELL_HALVES
 
 namespace mell {
-namespace {
 
-constexpr int64_t PAIRS = 128;  // at a time: a tile's weights and inputs stay in the first cache
-constexpr int64_t BAND = 96;    // rows at a time: their inputs stay in the second
-
-}  // namespace
+static_assert(TILE_ROWS == ROWS);
 
 void prepare(const float *x, int64_t size, int64_t row, float *prepared, int64_t stride, float *) {
   memcpy(prepared + row * stride, x, size * sizeof(float));
 }
 
-void multiply(const Matrix &matrix, Inputs x, int64_t rows, Epilogue epilogue, float factor,
-              float *y, int64_t y_stride, Team team) {
-  alignas(64) float sums[BAND * PANEL];
-  int64_t pairs = matrix.k / 2, panels = (matrix.n + PANEL - 1) / PANEL;
-  int64_t from = panels * team.index / team.count, to = panels * (team.index + 1) / team.count;
-  auto weights = static_cast<const uint32_t *>(matrix.weight);
-  for (int64_t start = 0; start < rows; start += BAND) {
-    int64_t band = rows - start < BAND ? rows - start : BAND;
-    int64_t tiles = (band + ROWS - 1) / ROWS;
-    for (int64_t panel = from; panel < to; panel++) {
-      const uint32_t *weight = weights + panel * pairs * PANEL;
-      for (int64_t pair = 0; pair < pairs; pair += PAIRS) {
-        int64_t some = pairs - pair < PAIRS ? pairs - pair : PAIRS;
-        for (int64_t i = 0; i < tiles; i++) {
-          int64_t row = band * i / tiles, count = band * (i + 1) / tiles - row;
-          auto product = i ? any_tile<false> : any_tile<true>;
-          product(int(count), weight + pair * PANEL, x.rows + (start + row) * x.stride + 2 * pair,
-                  x.stride, some, sums + row * PANEL, PANEL, pair > 0);
-        }
-      }
-      for (int64_t row = 0; row < band; row++)
-        finish(matrix, panel * PANEL, sums + row * PANEL, 1.0f, epilogue, factor,
-               y + (start + row) * y_stride);
-    }
-  }
+void multiply_tile(bool fetch, int rows, const uint16_t *weight, const Input *x, int64_t x_stride,
+                   int64_t inputs, float *sums, bool add) {
+  auto product = fetch ? any_tile<true> : any_tile<false>;
+  product(rows, reinterpret_cast<const uint32_t *>(weight), x, x_stride, inputs / 2, sums, PANEL,
+          add);
 }
 
 Floats outputs(const Matrix &matrix, int64_t group, const float *x) {
